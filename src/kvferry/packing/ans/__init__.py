@@ -1,0 +1,1 @@
+"""The `ans` packer: docs/format.md."""

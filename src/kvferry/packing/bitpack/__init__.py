@@ -1,0 +1,1 @@
+"""The `bitpack` packer: docs/format.md."""
