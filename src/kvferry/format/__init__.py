@@ -1,0 +1,1 @@
+"""The self-describing frame: docs/format.md."""
