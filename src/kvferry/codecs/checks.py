@@ -1,0 +1,15 @@
+"""Parameter checks with an error that names the value and the remedy."""
+
+from collections.abc import Iterable
+
+from kvferry.errors import CorruptFrame
+
+
+def one_of(name: str, value: object, options: Iterable[str], *, corrupt: bool = False) -> None:
+    """Raise `ValueError` (or, for a value read from a frame, `CorruptFrame`) unless `value` is one of `options`."""
+    options = list(options)
+    if value in options:
+        return
+    if corrupt:
+        raise CorruptFrame(f"the frame's {name} {value!r} does not go with its codec")
+    raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, options))}")
