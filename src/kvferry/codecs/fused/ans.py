@@ -1,0 +1,207 @@
+"""Launches the fused `ans` kernels (ans.cu): one warp a tile, compiled for the device at first use."""
+
+import ctypes
+from functools import cache
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from kvferry.blocks import as_bits
+from kvferry.codecs.bounded.reference import MANTISSA_BITS, Steps
+from kvferry.codecs.fused.plan import DevicePlan
+from kvferry.codecs.lossless.reference import SPLITS
+from kvferry.codecs.tiling import TILE_VALUES
+from kvferry.device.nvrtc import I32, I64, POINTER, Kernel, cached_cubin, load_kernel
+from kvferry.packing.ans.tables import PROB_SCALE, covered_radius, family
+
+MODES = {"fixed": 0, "plain": 1, "outlier": 2}
+_ENCODE_THREADS = 256
+_DECODE_THREADS = 512
+
+
+class _Source(ctypes.Structure):
+    """`Source` of ans.cu."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+        ("channels", ctypes.c_void_p),
+        ("token_stride", ctypes.c_int64),
+        ("channel_stride", ctypes.c_int64),
+        ("num_tiles", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, tensor: Tensor, plan: DevicePlan) -> "_Source":
+        return cls(
+            tensor.data_ptr(),
+            plan.offsets.data_ptr(),
+            plan.tokens.data_ptr(),
+            plan.channels.data_ptr(),
+            plan.token_stride,
+            plan.channel_stride,
+            plan.num_tiles,
+        )
+
+
+def source_text() -> str:
+    return files(__package__).joinpath("ans.cu").read_text()
+
+
+def defines(dtype: torch.dtype, bounded: bool) -> dict[str, int]:
+    """What the kernel source is compiled with for `dtype`."""
+    split = SPLITS[dtype]
+    return {
+        "KVF_BOUNDED": int(bounded),
+        "KVF_ITEM": split.itemsize,
+        "KVF_MANTISSA": split.mantissa_bits,
+        "KVF_EXPONENT": split.exponent_bits,
+    }
+
+
+def encoder_entries(one_sided: bool) -> Tensor:
+    """The encoder's view of a family: int32 `[tables * 64, 2]`, the reciprocal of the frequency, and frequency, bias
+    and the reciprocal's shift packed as ans.cu reads them; 0 where there is no symbol.
+
+    Dividing by multiplication (T. Granlund and P. Montgomery, PLDI 1994): x // f = (x * ceil(2**(31+s) / f)) >> (31+s),
+    exact for the x that occur (below f * 2**22) if the error of the reciprocal times the largest x stays below
+    2**(31+s).
+    """
+    tables = family(one_sided)
+    rows = []
+    for c in range(tables.count):
+        origin = 0 if one_sided else int(tables.origin[c])
+        entries = [(0, 0)] * 64
+        for column in range(int(tables.size[c])):
+            f, cum = int(tables.freq[c, column]), int(tables.cum[c, column])
+            if f == 1:
+                # x * (2**32 - 1) >> 32 = x - 1; the bias makes up for it.
+                reciprocal, shift, bias = 2**32 - 1, 0, cum + PROB_SCALE - 1
+            else:
+                bits = (f - 1).bit_length()
+                reciprocal, shift, bias = ((1 << (bits + 31)) + f - 1) // f, bits - 1, cum
+                error = reciprocal * f - (1 << (bits + 31))
+                if error * min(f << 22, 1 << 32) >= 1 << (bits + 31):
+                    raise ValueError(f"frequency {f} has no exact 32-bit reciprocal; the tables must avoid it")
+            entries[column - origin + (0 if one_sided else 32)] = (reciprocal, f | bias << 11 | shift << 22)
+        rows += entries
+    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
+
+
+def decoder_slots(one_sided: bool) -> Tensor:
+    """The decoder's view: int32 `[tables * 1024]`, symbol (8 bits, signed), frequency (12), slot - cum (12)."""
+    tables = family(one_sided)
+    return (tables.symbol << 24 | tables.slot_freq << 12 | tables.slot_bias).flatten().to(torch.int32)
+
+
+@cache
+def _encoder_tables(one_sided: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    return encoder_entries(one_sided).to(device), covered_radius().to(torch.int32).to(device)
+
+
+@cache
+def _decoder_table(one_sided: bool, device: torch.device) -> Tensor:
+    return decoder_slots(one_sided).to(device)
+
+
+@cache
+def _kernel(name: str, dtype: torch.dtype, bounded: bool, device: int, shared_bytes: int) -> tuple[Kernel, int]:
+    """The kernel, and how many of its blocks the whole device holds at a time."""
+    properties = torch.cuda.get_device_properties(device)
+    cubin = cached_cubin(source_text(), f"sm_{properties.major}{properties.minor}", defines(dtype, bounded))
+    kernel = load_kernel(cubin, name, device, shared_bytes)
+    threads = _ENCODE_THREADS if name == "kvf_encode" else _DECODE_THREADS
+    return kernel, kernel.resident_blocks(threads, shared_bytes) * properties.multi_processor_count
+
+
+def row_bytes(itemsize: int) -> int:
+    """Scratch a tile needs: its raw size, and behind it a word and a position for every value while it is coded."""
+    return (4 + TILE_VALUES * itemsize + 15) // 16 * 16 + 4 * TILE_VALUES
+
+
+def _encode(src: Tensor, plan: DevicePlan, steps: Steps | None, mode: int) -> tuple[Tensor, Tensor]:
+    bits, device = as_bits(src), src.device
+    bounded = steps is not None
+    width = row_bytes(bits.element_size())
+    scratch = torch.empty(plan.num_tiles, width, dtype=torch.uint8, device=device)
+    sizes = torch.empty(plan.num_tiles, dtype=torch.int32, device=device)
+    if plan.num_tiles == 0:
+        return scratch, sizes
+    quantisers = torch.stack([steps.step, steps.inverse, steps.bound], -1).contiguous() if steps else sizes
+    channel_steps = steps is not None and steps.step.dim() == 2
+    tables, radius = _encoder_tables(not bounded, device)
+    kernel, resident = _kernel("kvf_encode", src.dtype, bounded, device.index, 0)
+    warps = _ENCODE_THREADS // 32
+    kernel.launch(
+        min(resident, -(-plan.num_tiles // warps)),
+        _ENCODE_THREADS,
+        0,
+        (
+            _Source.of(bits, plan),
+            quantisers.data_ptr(),
+            mode,
+            int(channel_steps),
+            tables.data_ptr(),
+            radius.data_ptr(),
+            scratch.data_ptr(),
+            width,
+            sizes.data_ptr(),
+        ),
+        (None, POINTER, I32, I32, POINTER, POINTER, POINTER, I64, POINTER),
+    )
+    return scratch, sizes
+
+
+def encode_bounded(src: Tensor, plan: DevicePlan, steps: Steps, mode: str) -> tuple[Tensor, Tensor]:
+    """Tiles of `src` (CUDA, bf16, fp16 or fp32): rows uint8 `[N, row_bytes]` and sizes int32 `[N]`, on the device."""
+    if src.dtype not in MANTISSA_BITS:
+        raise TypeError(f"no bounded kernel for {src.dtype}")
+    return _encode(src, plan, steps, MODES[mode])
+
+
+def encode_lossless(src: Tensor, plan: DevicePlan) -> tuple[Tensor, Tensor]:
+    """As `encode_bounded`, exact, and fp8 too."""
+    return _encode(src, plan, None, 0)
+
+
+def decode(
+    payload: Tensor,
+    starts: Tensor,
+    sizes: Tensor,
+    dst: Tensor,
+    plan: DevicePlan,
+    status: Tensor,
+    *,
+    mode: str | None,
+    channel_steps: bool = False,
+) -> None:
+    """Decode tiles at `starts` int64 `[N]` of `payload`, `sizes` int32 `[N]` bytes each, into `dst`; `mode` None is
+    lossless.
+
+    `status` int32 `[N]`: 1 for a tile whose bytes contradict themselves (its part of `dst` is undefined then), else 0.
+    """
+    if plan.num_tiles == 0:
+        return
+    bounded = mode is not None
+    slots = _decoder_table(not bounded, dst.device)
+    shared_bytes = 4 * slots.numel()
+    kernel, resident = _kernel("kvf_decode", dst.dtype, bounded, dst.device.index, shared_bytes)
+    warps = _DECODE_THREADS // 32
+    kernel.launch(
+        min(resident, -(-plan.num_tiles // warps)),
+        _DECODE_THREADS,
+        shared_bytes,
+        (
+            _Source.of(as_bits(dst), plan),
+            payload.data_ptr(),
+            starts.data_ptr(),
+            sizes.data_ptr(),
+            MODES[mode or "fixed"],
+            int(channel_steps),
+            slots.data_ptr(),
+            status.data_ptr(),
+        ),
+        (None, POINTER, POINTER, POINTER, I32, I32, POINTER, POINTER),
+    )

@@ -1,0 +1,1 @@
+"""What touches the GPU below PyTorch: kernels compiled at run time."""

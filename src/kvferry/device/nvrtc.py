@@ -1,0 +1,135 @@
+"""CUDA C++ kernels compiled at run time by NVRTC, cached on disk, loaded and launched through cuda-bindings.
+
+A user's machine needs no compiler: NVRTC comes as a wheel, and compiling needs no GPU (CI compiles for every generation
+that is supported). `cuda.bindings` is used directly, without `cuda.core` on top: these few calls are the stable part of
+both.
+"""
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvferry.errors import KVFerryError
+
+
+class KernelError(KVFerryError):
+    """A kernel could not be compiled, loaded or launched. The message names the CUDA error."""
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The values of a cuda-bindings call, or `KernelError`."""
+    status, *values = result
+    if int(status) != 0:
+        raise KernelError(f"{type(status).__name__}: {status.name} ({int(status)})")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def compile_cubin(source: str, arch: str, defines: dict[str, int]) -> bytes:
+    """Machine code of `source` for `arch` ("sm_90"). Raises `KernelError` with the compiler's log."""
+    from cuda.bindings import nvrtc
+
+    # Without -fmad=false a product and a sum would be contracted, and the bytes differ from the reference.
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "-fmad=false", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kvferry.cu", 0, [], []))
+    try:
+        status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
+        if int(status) != 0:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise KernelError(f"NVRTC: {status.name} for {arch}: {log.decode(errors='replace').strip(chr(0))}")
+        cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("KVFERRY_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "kvferry"
+
+
+def cached_cubin(source: str, arch: str, defines: dict[str, int]) -> bytes:
+    """`compile_cubin`, kept on disk under everything it depends on. A cache that cannot be used costs a compilation
+    only."""
+    from cuda.bindings import nvrtc
+
+    version = _checked(nvrtc.nvrtcVersion())
+    key = hashlib.sha256(repr((source, arch, sorted(defines.items()), version)).encode()).hexdigest()
+    path = _cache_folder() / f"{key}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        cubin = compile_cubin(source, arch, defines)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written apart and renamed: another process may read at any time.
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+    return cubin
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded kernel of one device."""
+
+    function: Any
+    device: int
+
+    def launch(self, grid: int, block: int, shared_bytes: int, values: Sequence[Any], types: Sequence[Any]) -> None:
+        """Queue the kernel on the current PyTorch stream of its device; `values` and ctypes `types` are its arguments.
+
+        A `None` type marks a ctypes structure passed by value. Does not synchronise. Raises `KernelError`.
+        """
+        from cuda.bindings import driver
+
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        arguments = (tuple(values), tuple(types))
+        _checked(driver.cuLaunchKernel(self.function, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, 0))
+
+    def resident_blocks(self, block: int, shared_bytes: int) -> int:
+        """Blocks of that size that one multiprocessor holds at a time."""
+        from cuda.bindings import driver
+
+        return int(_checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, block, shared_bytes)))
+
+
+def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int = 0) -> Kernel:
+    """Kernel `name` of `cubin` on CUDA device `device`, allowed `shared_bytes` of dynamic shared memory."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes sure that the primary context exists and is current
+        module = _checked(driver.cuModuleLoadData(cubin))
+        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        if shared_bytes > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+    return Kernel(function, device)
+
+
+@cache
+def is_available() -> bool:
+    """Whether NVRTC and the bindings can be imported (a GPU is not asked for)."""
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+
+        return int(nvrtc.nvrtcVersion()[0]) == 0
+    except (ImportError, OSError, RuntimeError):
+        return False
+
+
+POINTER, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+"""Argument types for `Kernel.launch`."""
