@@ -1,0 +1,35 @@
+"""kvferry: KV cache compressed on its way between GPU and host, bit-identical or within a bound that you set.
+
+Importing this needs PyTorch, NumPy and xxhash only; neither a GPU, Triton, transformers nor vLLM.
+"""
+
+from kvferry.api import FrameInfo, compress, decompress, inspect
+from kvferry.blocks import BlockSpec
+from kvferry.codecs import codecs
+from kvferry.codecs.base import Codec
+from kvferry.codecs.bounded import Bounded
+from kvferry.codecs.lossless import Lossless
+from kvferry.codecs.raw import Raw
+from kvferry.errors import BoundTooTight, CorruptFrame, KVFerryError, OutOfHostMemory, UnsupportedVersion
+from kvferry.store import HostStore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockSpec",
+    "BoundTooTight",
+    "Bounded",
+    "Codec",
+    "CorruptFrame",
+    "FrameInfo",
+    "HostStore",
+    "KVFerryError",
+    "Lossless",
+    "OutOfHostMemory",
+    "Raw",
+    "UnsupportedVersion",
+    "codecs",
+    "compress",
+    "decompress",
+    "inspect",
+]
