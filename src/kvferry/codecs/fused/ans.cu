@@ -60,8 +60,9 @@ __device__ __forceinline__ u32 as_word(float f) {
 #if KVF_ITEM == 4
     return __float_as_uint(f);
 #elif KVF_EXPONENT == 8
-    u32 bits = __float_as_uint(f);  // finite or infinite, never NaN
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    u16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
 #else
     u16 h;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
@@ -103,8 +104,8 @@ __device__ __forceinline__ int quantise(u32 word, const Quantiser &q, bool &exac
             good = true;
         }
     }
-    u32 magnitude = word & ((1u << TOP_BIT) - 1);
-    bool special = magnitude == 0 ? (word >> TOP_BIT) != 0 : magnitude <= MANTISSA_MASK;
+    // Denormal (magnitude 1 to MANTISSA_MASK) or negative zero.
+    bool special = (word & ((1u << TOP_BIT) - 1)) - 1 < MANTISSA_MASK || word == 1u << TOP_BIT;
     exact = !usable || !good || special;
     return code;
 }
@@ -202,37 +203,40 @@ struct Rows {
         channel_stride = s.channel_stride;
         first = (word_t *)s.data + s.offsets[tile] + (i64)lane * CPL * channel_stride;
         count = max(0, min(CPL, channels - lane * CPL));
-        constexpr int width = CPL * KVF_ITEM;
-        vector = (width == 2 || width == 4 || width == 8 || width == 16) && CPL > 1 && channel_stride == 1 && count == CPL &&
-                 (u64)first % width == 0 && token_stride * KVF_ITEM % width == 0;
+        vector = (WIDTH == 2 || WIDTH == 4 || WIDTH == 8 || WIDTH == 16) && CPL > 1 && channel_stride == 1 && count == CPL &&
+                 (u64)first % WIDTH == 0 && token_stride * KVF_ITEM % WIDTH == 0;
     }
-    __device__ __forceinline__ void load(int t, u32 (&v)[CPL]) const {
+    static constexpr int WIDTH = CPL * KVF_ITEM, PACKED = (WIDTH + 3) / 4;
+
+    // A row as it lies in memory: what a prefetch holds.
+    __device__ __forceinline__ void load(int t, u32 (&packed)[PACKED]) const {
         const word_t *p = first + t * token_stride;
         if (vector) {
-            constexpr int width = CPL * KVF_ITEM;
-            u32 packed[(width + 3) / 4];
-            if constexpr (width == 16) *(uint4 *)packed = *(const uint4 *)p;
-            else if constexpr (width == 8) *(uint2 *)packed = *(const uint2 *)p;
-            else if constexpr (width == 4) packed[0] = *(const u32 *)p;
-            else if constexpr (width == 2) packed[0] = *(const u16 *)p;
-#pragma unroll
-            for (int k = 0; k < CPL; ++k) v[k] = (packed[k * KVF_ITEM / 4] >> (8 * (k * KVF_ITEM % 4))) & (FULL >> (32 - 8 * KVF_ITEM));
+            if constexpr (WIDTH == 16) *(uint4 *)packed = *(const uint4 *)p;
+            else if constexpr (WIDTH == 8) *(uint2 *)packed = *(const uint2 *)p;
+            else if constexpr (WIDTH == 4) packed[0] = *(const u32 *)p;
+            else if constexpr (WIDTH == 2) packed[0] = *(const u16 *)p;
         } else {
 #pragma unroll
-            for (int k = 0; k < CPL; ++k) v[k] = k < count ? (u32)p[k * channel_stride] : 0u;
+            for (int i = 0; i < PACKED; ++i) packed[i] = 0;
+#pragma unroll
+            for (int k = 0; k < CPL; ++k)
+                if (k < count) packed[k * KVF_ITEM / 4] |= (u32)p[k * channel_stride] << (8 * (k * KVF_ITEM % 4));
         }
+    }
+    __device__ static __forceinline__ u32 value(const u32 (&packed)[PACKED], int k) {
+        return (packed[k * KVF_ITEM / 4] >> (8 * (k * KVF_ITEM % 4))) & (FULL >> (32 - 8 * KVF_ITEM));
     }
     __device__ __forceinline__ void store(int t, const u32 (&v)[CPL]) const {
         word_t *p = first + t * token_stride;
         if (vector) {
-            constexpr int width = CPL * KVF_ITEM;
-            u32 packed[(width + 3) / 4] = {};
+            u32 packed[PACKED] = {};
 #pragma unroll
             for (int k = 0; k < CPL; ++k) packed[k * KVF_ITEM / 4] |= v[k] << (8 * (k * KVF_ITEM % 4));
-            if constexpr (width == 16) *(uint4 *)p = *(uint4 *)packed;
-            else if constexpr (width == 8) *(uint2 *)p = *(uint2 *)packed;
-            else if constexpr (width == 4) *(u32 *)p = packed[0];
-            else if constexpr (width == 2) *(u16 *)p = (u16)packed[0];
+            if constexpr (WIDTH == 16) *(uint4 *)p = *(uint4 *)packed;
+            else if constexpr (WIDTH == 8) *(uint2 *)p = *(uint2 *)packed;
+            else if constexpr (WIDTH == 4) *(u32 *)p = packed[0];
+            else if constexpr (WIDTH == 2) *(u16 *)p = (u16)packed[0];
         } else {
 #pragma unroll
             for (int k = 0; k < CPL; ++k)
@@ -240,6 +244,21 @@ struct Rows {
         }
     }
 };
+
+// Calls body(t, row) for every token in order, loading AHEAD rows before the first is used: the loads hide one another's latency.
+template <int CPL, typename Body>
+__device__ __forceinline__ void for_rows(const Rows<CPL> &rows, int tokens, Body body) {
+    constexpr int AHEAD = 8;
+    for (int start = 0; start < tokens; start += AHEAD) {
+        u32 packed[AHEAD][Rows<CPL>::PACKED];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (start + i < tokens) rows.load(start + i, packed[i]);
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (start + i < tokens) body(start + i, packed[i]);
+    }
+}
 
 __device__ __forceinline__ word_t &value_at(const Source &s, int tile, int channels, int position) {
     return ((word_t *)s.data)[s.offsets[tile] + position / channels * s.token_stride + position % channels * s.channel_stride];
@@ -296,19 +315,18 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
     // 1. Statistics: base and class of each channel.
     int base[CPL] = {}, klass[CPL] = {};
     bool apart[CPL] = {};
-    u32 v[CPL];
     if (!KVF_BOUNDED) {
         int largest[CPL] = {}, total[CPL] = {}, counted[CPL] = {};
-        for (int t = 0; t < tokens; ++t) {
-            rows.load(t, v);
+        for_rows(rows, tokens, [&](int t, const u32(&row)[Rows<CPL>::PACKED]) {
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
-                int e = (v[k] >> KVF_MANTISSA) & EXPONENT_MASK;
+                const u32 word = Rows<CPL>::value(row, k);
+                int e = (word >> KVF_MANTISSA) & EXPONENT_MASK;
                 largest[k] = max(largest[k], e);
                 total[k] += e;
                 counted[k] += e > 0;
             }
-        }
+        });
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
             base[k] = -largest[k];
@@ -317,16 +335,15 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
     } else if (fixed) {
         int sum[CPL] = {};
         i64 squares[CPL] = {};
-#pragma unroll 4
-        for (int t = 0; t < tokens; ++t) {
-            rows.load(t, v);
+        for_rows(rows, tokens, [&](int t, const u32(&row)[Rows<CPL>::PACKED]) {
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
-                int q = first_guess(v[k], quantiser[k]);
+                const u32 word = Rows<CPL>::value(row, k);
+                int q = first_guess(word, quantiser[k]);
                 sum[k] += q;
                 squares[k] += (i64)q * q;
             }
-        }
+        });
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
             int numerator = 2 * sum[k] + tokens, quotient = numerator / (2 * tokens);
@@ -336,12 +353,12 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
     } else {
         int first[CPL] = {}, previous[CPL] = {}, reach[CPL] = {};
         i64 squares[CPL] = {};  // of all differences but the first
-        for (int t = 0; t < tokens; ++t) {
-            rows.load(t, v);
+        for_rows(rows, tokens, [&](int t, const u32(&row)[Rows<CPL>::PACKED]) {
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
+                const u32 word = Rows<CPL>::value(row, k);
                 bool exact;
-                int q = quantise(v[k], quantiser[k], exact), r = q - previous[k];
+                int q = quantise(word, quantiser[k], exact), r = q - previous[k];
                 previous[k] = q;
                 if (t == 0) first[k] = r;
                 else {
@@ -349,7 +366,7 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
                     reach[k] = max(reach[k], abs(r));
                 }
             }
-        }
+        });
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
             int whole = spread_class(tokens * (squares[k] + (i64)first[k] * first[k]), tokens);
@@ -439,27 +456,30 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
             if (k < rows.count) at += (tokens * shift[k] + 31) >> 5;
         }
     }
-    int code[CPL];
+    int code[CPL];  // differences only: the codes of the row at hand, and which of its values are stored exactly
     u32 exact_mask = 0;
-    rows.load(tokens - 1, v);
-    if (KVF_BOUNDED && !fixed) {
+    // Differences need the row before the one at hand, so their loads run one row further ahead.
+    const int lead = KVF_BOUNDED && !fixed ? 1 : 0;
+    u32 row_bits[Rows<CPL>::PACKED] = {}, fetched[Rows<CPL>::PACKED] = {};
+    if (tokens - 1 - lead >= 0) rows.load(tokens - 1 - lead, row_bits);
+    if (lead) {
+        rows.load(tokens - 1, fetched);
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
             bool exact;
-            code[k] = quantise(v[k], quantiser[k], exact);
+            code[k] = quantise(Rows<CPL>::value(fetched, k), quantiser[k], exact);
             exact_mask |= (u32)exact << k;
         }
     }
     for (int t = tokens - 1; t >= 0; --t) {
-        u32 next[CPL];  // the row before, loaded early
         int residual[CPL];
         u32 missing = exact_mask;
-        if (t > 0) rows.load(t - 1, next);
+        if (t - 1 - lead >= 0) rows.load(t - 1 - lead, fetched);
         if (!KVF_BOUNDED) {
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
                 u32 rest;
-                residual[k] = split(v[k], rest) - base[k] * (1 << LOW_BITS);
+                residual[k] = split(Rows<CPL>::value(row_bits, k), rest) - base[k] * (1 << LOW_BITS);
 #pragma unroll
                 for (int p = 0; p < PLANES; ++p)
                     if (k < rows.count) row[planes_at + (p * tokens + t) * channels + lane * CPL + k] = (u8)(rest >> (8 * p));
@@ -469,7 +489,7 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
                 bool exact;
-                residual[k] = quantise(v[k], quantiser[k], exact) - base[k];
+                residual[k] = quantise(Rows<CPL>::value(row_bits, k), quantiser[k], exact) - base[k];
                 missing |= (u32)exact << k;
             }
         } else {
@@ -477,7 +497,7 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
                 bool exact = false;
-                int before = t > 0 ? quantise(next[k], quantiser[k], exact) : base[k];
+                int before = t > 0 ? quantise(Rows<CPL>::value(row_bits, k), quantiser[k], exact) : base[k];
                 residual[k] = code[k] - before;
                 code[k] = before;
                 exact_mask |= (u32)exact << k;
@@ -516,7 +536,7 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
                 if (missing >> k & 1) exact_positions[at++] = (u16)(t * channels + lane * CPL + k);
         }
 #pragma unroll
-        for (int k = 0; k < CPL; ++k) v[k] = next[k];
+        for (int i = 0; i < Rows<CPL>::PACKED; ++i) row_bits[i] = fetched[i];
     }
 #pragma unroll
     for (int k = 0; k < CPL; ++k)
@@ -529,8 +549,11 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
     const int size = exact_at + pad4(KVF_ITEM * num_exact);
     if (size >= raw_size) return put_raw(src, tile, tokens, channels, row, lane);
     __syncwarp();
-    u16 *out_words = (u16 *)(row + words_at), *out_positions = (u16 *)(row + positions_at);
-    for (int i = lane; i < pad4(2 * num_words) / 2; i += 32) out_words[i] = i < num_words ? words[i] : (u16)0;
+    u32 *out_words = (u32 *)(row + words_at);
+    u16 *out_positions = (u16 *)(row + positions_at);
+#pragma unroll 4
+    for (int i = lane; i < (num_words + 1) / 2; i += 32)
+        out_words[i] = words[2 * i] | (2 * i + 1 < num_words ? (u32)words[2 * i + 1] << 16 : 0u);
     word_t *out_exact = (word_t *)(row + exact_at);
     for (int i = lane; i < pad4(2 * num_exact) / 2; i += 32) out_positions[i] = i < num_exact ? exact_positions[i] : (u16)0;
     for (int i = lane; i < pad4(KVF_ITEM * num_exact) / KVF_ITEM; i += 32)
@@ -573,9 +596,94 @@ extern "C" __global__ void __launch_bounds__(256) kvf_encode(Source src, const Q
     }
 }
 
+struct Stream {
+    const u8 *planes;
+    const u32 *words;  // two words each
+    int num_words;
+
+    __device__ Stream(const u8 *in, int planes_at, int words_at, int count)
+        : planes(in + planes_at), words((const u32 *)(in + words_at)), num_words(count) {}
+    // Words 64*block + 2*lane and the next one; 0 behind the end.
+    __device__ __forceinline__ u32 pair(int block, int lane) const {
+        const int i = 32 * block + lane;
+        return 2 * i < num_words ? words[i] : 0u;
+    }
+};
+
+// The tokens of a tile, in order. Returns whether the lane ended as it must. LOW: some channel has raw low bits.
+//
+// Words come through a ring of two blocks of 64 in shared memory, and a third block waits in a register: reading them from
+// memory when they are needed would put a memory latency into every other step of the chain.
+template <int CPL, bool LOW>
+__device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Stream &stream, int tokens, int channels, int mode,
+                                            const int (&table)[CPL], const int (&shift)[CPL], const int (&base)[CPL],
+                                            const float (&step)[CPL], const u32 *const (&low)[CPL], u32 state, const u32 *slots,
+                                            u32 *ring, int lane) {
+    const u32 below = (1u << lane) - 1;
+    const int keep = mode == FIXED ? 0 : -1;  // differences add up
+    int taken = 0, filled = 2, code[CPL] = {}, add[CPL];
+    const u32 *table_slots[CPL];
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) {
+        add[k] = base[k];
+        table_slots[k] = slots + table[k] * PROB_SCALE;
+    }
+    __syncwarp();
+    ring[lane] = stream.pair(0, lane);
+    ring[32 + lane] = stream.pair(1, lane);
+    u32 waiting = stream.pair(2, lane);
+    __syncwarp();
+    const u16 *ring_words = (const u16 *)ring;
+    for (int t = 0; t < tokens; ++t) {
+        u32 v[CPL];
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            const bool active = k < rows.count;
+            // slot: symbol (8 bits, signed), frequency (12), bias (12)
+            const u32 slot = table_slots[k][state & (PROB_SCALE - 1)];
+            if (active) state = (slot >> 12 & 0xfff) * (state >> PROB_BITS) + (slot & 0xfff);
+            const bool need = active && state < STATE_LOW;
+            const u32 mask = __ballot_sync(FULL, need);
+            if (need) state = state << 16 | ring_words[(taken + __popc(mask & below)) & 127];
+            taken += __popc(mask);
+            if (taken >= 64 * (filled - 1)) {  // the older block is used up
+                __syncwarp();
+                ring[32 * (filled & 1) + lane] = waiting;
+                ++filled;
+                waiting = stream.pair(filled, lane);
+                __syncwarp();
+            }
+            int value = (int)slot >> 24;
+            if (LOW && shift[k] && active) {
+                const int bit = t * shift[k];
+                const u32 *p = low[k] + (bit >> 5);
+                u32 bits = p[0] >> (bit & 31);
+                if ((bit & 31) + shift[k] > 32) bits |= p[1] << (32 - (bit & 31));
+                value = value * (1 << shift[k]) + (int)(bits & ((1u << shift[k]) - 1)) - (KVF_BOUNDED ? (1 << shift[k]) >> 1 : 0);
+            }
+            if (KVF_BOUNDED) {
+                code[k] = (code[k] & keep) + value + add[k];
+                v[k] = as_word(__fmul_rn((float)code[k], step[k]));
+            } else {
+                u32 bytes = 0;
+#pragma unroll
+                for (int p = 0; p < PLANES; ++p)
+                    if (active) bytes |= (u32)stream.planes[(p * tokens + t) * channels + lane * CPL + k] << (8 * p);
+                v[k] = join(value + base[k] * (1 << LOW_BITS), bytes);
+            }
+        }
+        rows.store(t, v);
+        if (keep) {
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) add[k] = 0;
+        }
+    }
+    return state == STATE_LOW && taken == stream.num_words;
+}
+
 template <int CPL>
 __device__ bool decode_tile(const Source &dst, int tile, const u8 *in, int size, int mode, bool channel_steps, const u32 *slots,
-                            int lane) {
+                            u32 *ring, int lane) {
     const int tokens = dst.tokens[tile], channels = dst.channels[tile];
     const int raw_size = 4 + pad4(tokens * channels * KVF_ITEM);
     if (size < 4) return false;
@@ -636,47 +744,14 @@ __device__ bool decode_tile(const Source &dst, int tile, const u8 *in, int size,
     }
 
     u32 state = lane < lanes ? header[4 + lane] : STATE_LOW;
-    const u16 *words = (const u16 *)(in + words_at);
-    const u32 below = (1u << lane) - 1;
-    int taken = 0, code[CPL] = {};
-    for (int t = 0; t < tokens; ++t) {
-        u32 v[CPL];
+    bool any_low = false;
 #pragma unroll
-        for (int k = 0; k < CPL; ++k) {
-            const bool active = k < rows.count;
-            // slot: symbol (8 bits, signed), frequency (12), bias (12)
-            const u32 slot = slots[table[k] * PROB_SCALE + (state & (PROB_SCALE - 1))];
-            if (active) state = (slot >> 12 & 0xfff) * (state >> PROB_BITS) + (slot & 0xfff);
-            const bool need = active && state < STATE_LOW;
-            const u32 mask = __ballot_sync(FULL, need);
-            if (need) {
-                const int at = taken + __popc(mask & below);
-                state = state << 16 | (at < num_words ? (u32)words[at] : 0u);
-            }
-            taken += __popc(mask);
-            int value = (int)slot >> 24;
-            if (shift[k] && active) {
-                const int bit = t * shift[k];
-                const u32 *p = low[k] + (bit >> 5);
-                u32 bits = p[0] >> (bit & 31);
-                if ((bit & 31) + shift[k] > 32) bits |= p[1] << (32 - (bit & 31));
-                value = value * (1 << shift[k]) + (int)(bits & ((1u << shift[k]) - 1)) - (KVF_BOUNDED ? (1 << shift[k]) >> 1 : 0);
-            }
-            if (!KVF_BOUNDED) {
-                u32 bytes = 0;
-#pragma unroll
-                for (int p = 0; p < PLANES; ++p)
-                    if (active) bytes |= (u32)in[planes_at + (p * tokens + t) * channels + lane * CPL + k] << (8 * p);
-                v[k] = join(value + base[k] * (1 << LOW_BITS), bytes);
-            } else {
-                if (mode == FIXED) code[k] = value + base[k];
-                else code[k] += value + (t == 0 ? base[k] : 0);
-                v[k] = as_word(__fmul_rn((float)code[k], step[k]));
-            }
-        }
-        rows.store(t, v);
-    }
-    good = state == STATE_LOW && taken == num_words;
+    for (int k = 0; k < CPL; ++k) any_low |= shift[k] != 0;
+    const Stream stream(in, planes_at, words_at, num_words);
+    if (LOW_BITS || __any_sync(FULL, any_low))
+        good = decode_rows<CPL, true>(rows, stream, tokens, channels, mode, table, shift, base, step, low, state, slots, ring, lane);
+    else
+        good = decode_rows<CPL, false>(rows, stream, tokens, channels, mode, table, shift, base, step, low, state, slots, ring, lane);
     __syncwarp();
     const u16 *positions = (const u16 *)(in + positions_at);
     const word_t *exact = (const word_t *)(in + exact_at);
@@ -688,9 +763,10 @@ __device__ bool decode_tile(const Source &dst, int tile, const u8 *in, int size,
 }
 
 // Tiles at `starts` of `payload`, `sizes` bytes each, into `dst`; status[tile] = 1 where the bytes contradict themselves.
-extern "C" __global__ void __launch_bounds__(512) kvf_decode(Source dst, const u8 *payload, const i64 *starts, const int *sizes, int mode,
+extern "C" __global__ void __launch_bounds__(512, 2) kvf_decode(Source dst, const u8 *payload, const i64 *starts, const int *sizes, int mode,
                                                              int channel_steps, const u32 *slots, int *status) {
     extern __shared__ u32 shared_slots[];
+    __shared__ u32 ring[16][64];
     const int num_slots = (KVF_BOUNDED ? LAST_TWO_SIDED + 1 : LAST_ONE_SIDED + 1) * PROB_SCALE;
     for (int i = threadIdx.x; i < num_slots / 4; i += blockDim.x) ((uint4 *)shared_slots)[i] = ((const uint4 *)slots)[i];
     __syncthreads();
@@ -700,7 +776,7 @@ extern "C" __global__ void __launch_bounds__(512) kvf_decode(Source dst, const u
         bool good = false;
 #define KVF_DECODE(CPL)                                                                                                     \
     case CPL:                                                                                                               \
-        good = decode_tile<CPL>(dst, tile, in, sizes[tile], mode, channel_steps, shared_slots, lane);                       \
+        good = decode_tile<CPL>(dst, tile, in, sizes[tile], mode, channel_steps, shared_slots, ring[warp], lane);           \
         break
         switch ((dst.channels[tile] + 31) / 32) {
             KVF_DECODE(1);
