@@ -26,6 +26,9 @@ constexpr u32 FULL = 0xffffffffu;
 constexpr int PROB_BITS = 10, PROB_SCALE = 1 << PROB_BITS, ALPHABET = 64;
 constexpr u32 STATE_LOW = 1u << 16;
 constexpr int MAX_CLASS = 120, LAST_TWO_SIDED = 16, LAST_ONE_SIDED = 15;
+// Each family as the host lays it out: one table more than the format has, whose only symbol, 0, has probability 1. It leaves
+// the state as it is, so slots of a lane that have no channel are coded like the others.
+constexpr int NUM_TABLES = (KVF_BOUNDED ? LAST_TWO_SIDED : LAST_ONE_SIDED) + 2, IDLE_TABLE = NUM_TABLES - 1;
 constexpr int TOP_BIT = 8 * KVF_ITEM - 1;
 constexpr u32 MANTISSA_MASK = (1u << KVF_MANTISSA) - 1, EXPONENT_MASK = (1u << KVF_EXPONENT) - 1;
 // Lossless: sign and mantissa; whole bytes of it go to planes, the other bits stay under the exponent.
@@ -74,7 +77,13 @@ struct Quantiser {
     float step, inverse, bound;
 };
 
-__device__ __forceinline__ float deliver(int code, float step) { return as_float(as_word(__fmul_rn((float)code, step))); }
+// 1.5 * 2**23: adding it rounds a float below 2**22 to an integer (to nearest even) and leaves that in the low mantissa bits.
+// Conversion instructions do the same at a quarter of the rate.
+constexpr float ROUNDER = 12582912.0f;
+constexpr int ROUNDER_BITS = 0x4b400000;
+
+__device__ __forceinline__ float whole(int code) { return __int_as_float(ROUNDER_BITS + code) - ROUNDER; }  // |code| <= 2**22
+__device__ __forceinline__ float deliver(float code, float step) { return as_float(as_word(__fmul_rn(code, step))); }
 
 // |x - y| <= bound in exact arithmetic: the rounded difference decides unless it equals the bound.
 __device__ __forceinline__ bool within(float x, float y, float bound) {
@@ -87,26 +96,30 @@ __device__ __forceinline__ bool within(float x, float y, float bound) {
 
 __device__ __forceinline__ int first_guess(u32 word, const Quantiser &q) {
     float scaled = __fmul_rn(as_float(word), q.inverse);
-    return fabsf(scaled) < 4194304.0f ? __float2int_rn(scaled) : 0;
+    return fabsf(scaled) < 4194304.0f ? __float_as_int(scaled + ROUNDER) - ROUNDER_BITS : 0;
 }
 
 // The code, and whether the value is to be stored in its own bits.
 __device__ __forceinline__ int quantise(u32 word, const Quantiser &q, bool &exact) {
     float x = as_float(word), scaled = __fmul_rn(x, q.inverse);
     bool usable = fabsf(scaled) < 4194304.0f;
-    int code = usable ? __float2int_rn(scaled) : 0;
-    float y = deliver(code, q.step);
-    bool good = within(x, y, q.bound);
+    float rounded = usable ? scaled + ROUNDER : ROUNDER;
+    float y = deliver(rounded - ROUNDER, q.step);
+    int code = __float_as_int(rounded) - ROUNDER_BITS;
+    bool good = fabsf(x - y) < q.bound;
     if (!good && usable) {
-        int other = code + (x > y ? 1 : -1);
-        if (within(x, deliver(other, q.step), q.bound)) {
-            code = other;
-            good = true;
+        good = within(x, y, q.bound);
+        if (!good) {
+            float towards = x > y ? 1.0f : -1.0f;
+            if (within(x, deliver(rounded - ROUNDER + towards, q.step), q.bound)) {
+                code += (int)towards;
+                good = true;
+            }
         }
     }
     // Denormal (magnitude 1 to MANTISSA_MASK) or negative zero.
     bool special = (word & ((1u << TOP_BIT) - 1)) - 1 < MANTISSA_MASK || word == 1u << TOP_BIT;
-    exact = !usable || !good || special;
+    exact = !good || special;
     return code;
 }
 
@@ -390,7 +403,11 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
 #pragma unroll
     for (int k = 0; k < CPL; ++k) {
         table_and_shift(klass[k], table[k], shift[k]);
-        if (k >= rows.count) continue;
+        if (k >= rows.count) {
+            table[k] = IDLE_TABLE;
+            shift[k] = 0;
+            continue;
+        }
         int stored = mode == OUTLIER ? 2 * klass[k] + apart[k] : klass[k];
         least_class = min(least_class, stored);
         most_class = max(most_class, stored);
@@ -443,8 +460,8 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
         row[planes_at + PLANES * tokens * channels + lane] = 0;
 
     // 4. Code, last token first. Words and positions gather behind the tile, from the end of the row downwards.
-    u16 *words_end = (u16 *)(row + row_bytes), *exact_end = words_end - tokens * channels;
-    u16 *words = words_end, *exact_positions = exact_end;
+    u16 *words_end = (u16 *)(row + row_bytes), *exact_end = words_end - tokens * channels, *exact_positions = exact_end;
+    int words_at_end = 0;  // minus the words so far
     u32 state = STATE_LOW;
     const u32 below = (1u << lane) - 1;
     LowWriter low[CPL];
@@ -453,9 +470,12 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
             low[k].start((u32 *)(row + low_at) + at, tokens, shift[k]);
-            if (k < rows.count) at += (tokens * shift[k] + 31) >> 5;
+            at += (tokens * shift[k] + 31) >> 5;
         }
     }
+    u32 low_mask = 0;  // slots in which some lane has low bits
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) low_mask |= (u32)__any_sync(FULL, shift[k]) << k;
     int code[CPL];  // differences only: the codes of the row at hand, and which of its values are stored exactly
     u32 exact_mask = 0;
     // Differences need the row before the one at hand, so their loads run one row further ahead.
@@ -505,27 +525,31 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
         }
 #pragma unroll
         for (int k = CPL - 1; k >= 0; --k) {
-            int rounded = residual[k] + (KVF_BOUNDED ? (1 << shift[k]) >> 1 : 0);
-            int column = (rounded >> shift[k]) + (KVF_BOUNDED ? ALPHABET / 2 : 0);
-            if (shift[k] && k < rows.count) low[k].put(t, rounded & ((1 << shift[k]) - 1));
+            int rounded = residual[k];
+            if (low_mask >> k & 1) {
+                rounded += KVF_BOUNDED ? (1 << shift[k]) >> 1 : 0;
+                if (shift[k]) low[k].put(t, rounded & ((1 << shift[k]) - 1));
+                rounded >>= shift[k];
+            }
+            // The first and the last entry of a table are empty: what lies outside it finds nothing there.
+            const int column = min(max(rounded + (KVF_BOUNDED ? ALPHABET / 2 : 0), 0), ALPHABET - 1);
             const uint2 *entries = tables + table[k] * ALPHABET;
-            bool inside = (u32)column < (u32)ALPHABET;
-            uint2 entry = entries[inside ? column : 0];
-            if (!inside || entry.y == 0) {
+            uint2 entry = entries[column];
+            if (entry.y == 0) {
                 missing |= 1u << k;
                 entry = entries[KVF_BOUNDED ? ALPHABET / 2 : 0];
             }
             // entry: x = reciprocal; y = frequency (11 bits), bias (11), shift of the reciprocal (4)
-            u32 frequency = entry.y & 2047, bias = entry.y >> 11 & 2047;
-            bool active = k < rows.count, full = active && (state >> (32 - PROB_BITS)) >= frequency;
-            u32 mask = __ballot_sync(FULL, full);
-            words -= __popc(mask);
+            const u32 frequency = entry.y & 2047, bias = entry.y >> 11 & 2047;
+            const bool full = state >> (32 - PROB_BITS) >= frequency;
+            const u32 mask = __ballot_sync(FULL, full);
+            words_at_end -= __popc(mask);
             if (full) {
-                words[__popc(mask & below)] = (u16)state;
+                words_end[words_at_end + __popc(mask & below)] = (u16)state;
                 state >>= 16;
             }
-            u32 quotient = __umulhi(state, entry.x) >> (entry.y >> 22);
-            if (active) state += bias + quotient * (PROB_SCALE - frequency);
+            const u32 quotient = __umulhi(state, entry.x) >> (entry.y >> 22);
+            state += bias + quotient * (PROB_SCALE - frequency);
         }
         missing &= (1u << rows.count) - 1;
         if (__any_sync(FULL, missing)) {
@@ -540,11 +564,12 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
     }
 #pragma unroll
     for (int k = 0; k < CPL; ++k)
-        if (shift[k] && k < rows.count) low[k].finish();
+        if (shift[k]) low[k].finish();
     if (lane < lanes) *(u32 *)(row + 16 + 4 * lane) = state;
 
     // 5. What the coder made, to its place.
-    const int num_words = (int)(words_end - words), num_exact = (int)(exact_end - exact_positions);
+    const u16 *words = words_end + words_at_end;
+    const int num_words = -words_at_end, num_exact = (int)(exact_end - exact_positions);
     const int positions_at = words_at + pad4(2 * num_words), exact_at = positions_at + pad4(2 * num_exact);
     const int size = exact_at + pad4(KVF_ITEM * num_exact);
     if (size >= raw_size) return put_raw(src, tile, tokens, channels, row, lane);
@@ -571,10 +596,9 @@ __device__ int encode_tile(const Source &src, int tile, const Quantiser *quantis
 extern "C" __global__ void __launch_bounds__(256) kvf_encode(Source src, const Quantiser *quantisers, int mode, int channel_steps,
                                                              const uint2 *tables, const int *radius, u8 *scratch, i64 row_bytes,
                                                              int *sizes) {
-    __shared__ uint2 shared_tables[(LAST_TWO_SIDED + 1) * ALPHABET];
+    __shared__ uint2 shared_tables[NUM_TABLES * ALPHABET];
     __shared__ u32 staged[8][128];
-    const int num_entries = (KVF_BOUNDED ? LAST_TWO_SIDED + 1 : LAST_ONE_SIDED + 1) * ALPHABET;
-    for (int i = threadIdx.x; i < num_entries; i += blockDim.x) shared_tables[i] = tables[i];
+    for (int i = threadIdx.x; i < NUM_TABLES * ALPHABET; i += blockDim.x) shared_tables[i] = tables[i];
     __syncthreads();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     for (int tile = blockIdx.x * warps + warp; tile < src.num_tiles; tile += gridDim.x * warps) {
@@ -596,6 +620,8 @@ extern "C" __global__ void __launch_bounds__(256) kvf_encode(Source src, const Q
     }
 }
 
+constexpr int RING_BLOCKS = 4;
+
 struct Stream {
     const u8 *planes;
     const u32 *words;  // two words each
@@ -612,8 +638,9 @@ struct Stream {
 
 // The tokens of a tile, in order. Returns whether the lane ended as it must. LOW: some channel has raw low bits.
 //
-// Words come through a ring of two blocks of 64 in shared memory, and a third block waits in a register: reading them from
-// memory when they are needed would put a memory latency into every other step of the chain.
+// Words come through a ring of four blocks of 64 in shared memory, and a fifth waits in a register: reading them from memory
+// when they are needed would put a memory latency into every other step of the chain. A row takes at most 128 words, so the
+// ring is filled up once a row.
 template <int CPL, bool LOW>
 __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Stream &stream, int tokens, int channels, int mode,
                                             const int (&table)[CPL], const int (&shift)[CPL], const int (&base)[CPL],
@@ -621,40 +648,41 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Stream 
                                             u32 *ring, int lane) {
     const u32 below = (1u << lane) - 1;
     const int keep = mode == FIXED ? 0 : -1;  // differences add up
-    int taken = 0, filled = 2, code[CPL] = {}, add[CPL];
+    int taken = 0, filled = RING_BLOCKS, code[CPL] = {}, add[CPL];
     const u32 *table_slots[CPL];
+    u32 low_mask = 0;
 #pragma unroll
     for (int k = 0; k < CPL; ++k) {
         add[k] = base[k];
         table_slots[k] = slots + table[k] * PROB_SCALE;
+        if (LOW) low_mask |= (u32)__any_sync(FULL, shift[k]) << k;
     }
     __syncwarp();
-    ring[lane] = stream.pair(0, lane);
-    ring[32 + lane] = stream.pair(1, lane);
-    u32 waiting = stream.pair(2, lane);
+#pragma unroll
+    for (int block = 0; block < RING_BLOCKS; ++block) ring[32 * block + lane] = stream.pair(block, lane);
+    u32 waiting = stream.pair(RING_BLOCKS, lane);
     __syncwarp();
     const u16 *ring_words = (const u16 *)ring;
     for (int t = 0; t < tokens; ++t) {
+        while (taken > 64 * (filled - 2)) {  // fewer than 128 words ahead: the oldest block is used up
+            __syncwarp();
+            ring[32 * (filled % RING_BLOCKS) + lane] = waiting;
+            ++filled;
+            waiting = stream.pair(filled, lane);
+            __syncwarp();
+        }
         u32 v[CPL];
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
-            const bool active = k < rows.count;
             // slot: symbol (8 bits, signed), frequency (12), bias (12)
             const u32 slot = table_slots[k][state & (PROB_SCALE - 1)];
-            if (active) state = (slot >> 12 & 0xfff) * (state >> PROB_BITS) + (slot & 0xfff);
-            const bool need = active && state < STATE_LOW;
+            state = (slot >> 12 & 0xfff) * (state >> PROB_BITS) + (slot & 0xfff);
+            const bool need = state < STATE_LOW;
             const u32 mask = __ballot_sync(FULL, need);
-            if (need) state = state << 16 | ring_words[(taken + __popc(mask & below)) & 127];
+            if (need) state = state << 16 | ring_words[(taken + __popc(mask & below)) % (64 * RING_BLOCKS)];
             taken += __popc(mask);
-            if (taken >= 64 * (filled - 1)) {  // the older block is used up
-                __syncwarp();
-                ring[32 * (filled & 1) + lane] = waiting;
-                ++filled;
-                waiting = stream.pair(filled, lane);
-                __syncwarp();
-            }
             int value = (int)slot >> 24;
-            if (LOW && shift[k] && active) {
+            if (LOW && (low_mask >> k & 1) && shift[k]) {
                 const int bit = t * shift[k];
                 const u32 *p = low[k] + (bit >> 5);
                 u32 bits = p[0] >> (bit & 31);
@@ -663,12 +691,12 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Stream 
             }
             if (KVF_BOUNDED) {
                 code[k] = (code[k] & keep) + value + add[k];
-                v[k] = as_word(__fmul_rn((float)code[k], step[k]));
+                v[k] = as_word(__fmul_rn(whole(code[k]), step[k]));
             } else {
                 u32 bytes = 0;
 #pragma unroll
                 for (int p = 0; p < PLANES; ++p)
-                    if (active) bytes |= (u32)stream.planes[(p * tokens + t) * channels + lane * CPL + k] << (8 * p);
+                    if (k < rows.count) bytes |= (u32)stream.planes[(p * tokens + t) * channels + lane * CPL + k] << (8 * p);
                 v[k] = join(value + base[k] * (1 << LOW_BITS), bytes);
             }
         }
@@ -721,8 +749,12 @@ __device__ bool decode_tile(const Source &dst, int tile, const u8 *in, int size,
         }
         good &= klass <= (KVF_BOUNDED ? MAX_CLASS : LAST_ONE_SIDED);
         table_and_shift(good ? klass : 0, table[k], shift[k]);
+        if (!exists) {
+            table[k] = IDLE_TABLE;
+            shift[k] = 0;
+        }
         my_bases += has_base[k];
-        if (exists) my_words += (tokens * shift[k] + 31) >> 5;
+        my_words += (tokens * shift[k] + 31) >> 5;
         step[k] = __uint_as_float(header[3]);
         if (channel_steps && exists) step[k] = __uint_as_float((u32)((const u16 *)(in + steps_at))[c] << 16);
     }
@@ -740,7 +772,7 @@ __device__ bool decode_tile(const Source &dst, int tile, const u8 *in, int size,
         base[k] = has_base[k] ? (int)(get_small(in + bases_at, base_index, base_code) + header[2]) : 0;
         base_index += has_base[k];
         low[k] = (const u32 *)(in + low_at) + low_index;
-        if (k < rows.count) low_index += (tokens * shift[k] + 31) >> 5;
+        low_index += (tokens * shift[k] + 31) >> 5;
     }
 
     u32 state = lane < lanes ? header[4 + lane] : STATE_LOW;
@@ -766,9 +798,8 @@ __device__ bool decode_tile(const Source &dst, int tile, const u8 *in, int size,
 extern "C" __global__ void __launch_bounds__(512, 2) kvf_decode(Source dst, const u8 *payload, const i64 *starts, const int *sizes, int mode,
                                                              int channel_steps, const u32 *slots, int *status) {
     extern __shared__ u32 shared_slots[];
-    __shared__ u32 ring[16][64];
-    const int num_slots = (KVF_BOUNDED ? LAST_TWO_SIDED + 1 : LAST_ONE_SIDED + 1) * PROB_SCALE;
-    for (int i = threadIdx.x; i < num_slots / 4; i += blockDim.x) ((uint4 *)shared_slots)[i] = ((const uint4 *)slots)[i];
+    __shared__ u32 ring[16][32 * RING_BLOCKS];
+    for (int i = threadIdx.x; i < NUM_TABLES * PROB_SCALE / 4; i += blockDim.x) ((uint4 *)shared_slots)[i] = ((const uint4 *)slots)[i];
     __syncthreads();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     for (int tile = blockIdx.x * warps + warp; tile < dst.num_tiles; tile += gridDim.x * warps) {

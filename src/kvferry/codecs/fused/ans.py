@@ -62,17 +62,20 @@ def defines(dtype: torch.dtype, bounded: bool) -> dict[str, int]:
 
 
 def encoder_entries(one_sided: bool) -> Tensor:
-    """The encoder's view of a family: int32 `[tables * 64, 2]`, the reciprocal of the frequency, and frequency, bias
-    and the reciprocal's shift packed as ans.cu reads them; 0 where there is no symbol.
+    """The encoder's view of a family: int32 `[(tables + 1) * 64, 2]`, the reciprocal of the frequency, and frequency,
+    bias and the reciprocal's shift packed as ans.cu reads them; 0 where there is no symbol. Symbol s is entry s, or
+    s + 32 in the two-sided family; the outermost entries are empty. Behind the family's tables comes one whose only
+    symbol, 0, has probability 1: what lanes without a channel code.
 
     Dividing by multiplication (T. Granlund and P. Montgomery, PLDI 1994): x // f = (x * ceil(2**(31+s) / f)) >> (31+s),
     exact for the x that occur (below f * 2**22) if the error of the reciprocal times the largest x stays below
     2**(31+s).
     """
     tables = family(one_sided)
+    middle = 0 if one_sided else 32
     rows = []
     for c in range(tables.count):
-        origin = 0 if one_sided else int(tables.origin[c])
+        origin = int(tables.origin[c])
         entries = [(0, 0)] * 64
         for column in range(int(tables.size[c])):
             f, cum = int(tables.freq[c, column]), int(tables.cum[c, column])
@@ -85,15 +88,20 @@ def encoder_entries(one_sided: bool) -> Tensor:
                 error = reciprocal * f - (1 << (bits + 31))
                 if error * min(f << 22, 1 << 32) >= 1 << (bits + 31):
                     raise ValueError(f"frequency {f} has no exact 32-bit reciprocal; the tables must avoid it")
-            entries[column - origin + (0 if one_sided else 32)] = (reciprocal, f | bias << 11 | shift << 22)
+            entries[column - origin + middle] = (reciprocal, f | bias << 11 | shift << 22)
         rows += entries
+    idle = [(0, 0)] * 64
+    idle[middle] = (1 << 31, PROB_SCALE | (PROB_SCALE.bit_length() - 2) << 22)
+    rows += idle
     return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
 
 
 def decoder_slots(one_sided: bool) -> Tensor:
-    """The decoder's view: int32 `[tables * 1024]`, symbol (8 bits, signed), frequency (12), slot - cum (12)."""
+    """The decoder's view: int32 `[(tables + 1) * 1024]`, symbol (8 bits, signed), frequency (12), slot - cum (12); the
+    last table is the one of lanes without a channel."""
     tables = family(one_sided)
-    return (tables.symbol << 24 | tables.slot_freq << 12 | tables.slot_bias).flatten().to(torch.int32)
+    slots = (tables.symbol << 24 | tables.slot_freq << 12 | tables.slot_bias).flatten()
+    return torch.cat([slots, PROB_SCALE << 12 | torch.arange(PROB_SCALE)]).to(torch.int32)
 
 
 @cache
