@@ -1,27 +1,40 @@
-"""Launches the fused `ans` kernels (ans.cu): one warp a tile, compiled for the device at first use."""
+"""Launches the fused `ans` kernels (ans_*.cu): one warp a tile, compiled for the device and the case at first use."""
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvferry.blocks import as_bits
+from kvferry.codecs.bounded.reference import BASES as MODE_BASES
 from kvferry.codecs.bounded.reference import MANTISSA_BITS, Steps
 from kvferry.codecs.fused.plan import DevicePlan
 from kvferry.codecs.lossless.reference import SPLITS
 from kvferry.codecs.tiling import TILE_VALUES
-from kvferry.device.nvrtc import I32, I64, POINTER, Kernel, cached_cubin, load_kernel
+from kvferry.device.nvrtc import I64, POINTER, Kernel, cached_cubin, load_kernel
 from kvferry.packing.ans.tables import PROB_SCALE, covered_radius, family
+from kvferry.packing.columns import Bases
 
-MODES = {"fixed": 0, "plain": 1, "outlier": 2}
-_ENCODE_THREADS = 256
-_DECODE_THREADS = 512
+BASES = {Bases.ALL: 0, Bases.NONE: 1, Bases.APART: 2}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a kernel is launched: warps a block (as in its source), and blocks a multiprocessor: its registers' bound."""
+
+    warps: int
+    blocks: int
+
+
+SHAPES = {"kvf_encode": _Shape(8, 3), "kvf_decode": _Shape(16, 2)}
 
 
 class _Source(ctypes.Structure):
-    """`Source` of ans.cu."""
+    """`Source` of ans_common.cu."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -46,26 +59,33 @@ class _Source(ctypes.Structure):
         )
 
 
-def source_text() -> str:
-    return files(__package__).joinpath("ans.cu").read_text()
+def source_text(kernel: str) -> str:
+    """CUDA C++ of `kernel`, "kvf_encode" or "kvf_decode"."""
+    folder = files(__package__)
+    parts = ("ans_common.cu", f"ans_{kernel.removeprefix('kvf_')}.cu")
+    return "".join(folder.joinpath(part).read_text() for part in parts)
 
 
-def defines(dtype: torch.dtype, bounded: bool) -> dict[str, int]:
-    """What the kernel source is compiled with for `dtype`."""
+def defines(kernel: str, dtype: torch.dtype, mode: str | None, channel_steps: bool) -> dict[str, int]:
+    """What the kernel's source is compiled with; `mode` None is lossless."""
     split = SPLITS[dtype]
     return {
-        "KVF_BOUNDED": int(bounded),
+        "KVF_BOUNDED": int(mode is not None),
         "KVF_ITEM": split.itemsize,
         "KVF_MANTISSA": split.mantissa_bits,
         "KVF_EXPONENT": split.exponent_bits,
+        "KVF_BASES": BASES[MODE_BASES[mode] if mode else Bases.ALL],
+        "KVF_CHANNEL_STEPS": int(channel_steps),
+        f"{kernel.upper()}_BLOCKS": SHAPES[kernel].blocks,
     }
 
 
 def encoder_entries(one_sided: bool) -> Tensor:
     """The encoder's view of a family: int32 `[(tables + 1) * 64, 2]`, the reciprocal of the frequency, and frequency,
-    bias and the reciprocal's shift packed as ans.cu reads them; 0 where there is no symbol. Symbol s is entry s, or
-    s + 32 in the two-sided family; the outermost entries are empty. Behind the family's tables comes one whose only
-    symbol, 0, has probability 1: what lanes without a channel code.
+    bias and the reciprocal's shift packed as ans_encode.cu reads them; 0 where there is no symbol.
+
+    Symbol s is entry s, or s + 32 in the two-sided family; the outermost entries are empty. Behind the family's tables
+    comes one whose only symbol, 0, has probability 1: what lanes without a channel code.
 
     Dividing by multiplication (T. Granlund and P. Montgomery, PLDI 1994): x // f = (x * ceil(2**(31+s) / f)) >> (31+s),
     exact for the x that occur (below f * 2**22) if the error of the reciprocal times the largest x stays below
@@ -115,13 +135,24 @@ def _decoder_table(one_sided: bool, device: torch.device) -> Tensor:
 
 
 @cache
-def _kernel(name: str, dtype: torch.dtype, bounded: bool, device: int, shared_bytes: int) -> tuple[Kernel, int]:
+def _kernel(
+    name: str, dtype: torch.dtype, mode: str | None, channel_steps: bool, device: int, shared_bytes: int
+) -> tuple[Kernel, int]:
     """The kernel, and how many of its blocks the whole device holds at a time."""
     properties = torch.cuda.get_device_properties(device)
-    cubin = cached_cubin(source_text(), f"sm_{properties.major}{properties.minor}", defines(dtype, bounded))
+    arch = f"sm_{properties.major}{properties.minor}"
+    cubin = cached_cubin(source_text(name), arch, defines(name, dtype, mode, channel_steps))
     kernel = load_kernel(cubin, name, device, shared_bytes)
-    threads = _ENCODE_THREADS if name == "kvf_encode" else _DECODE_THREADS
+    threads = 32 * SHAPES[name].warps
     return kernel, kernel.resident_blocks(threads, shared_bytes) * properties.multi_processor_count
+
+
+def _launch(
+    name: str, kernel: Kernel, resident: int, num_tiles: int, shared_bytes: int, *arguments: tuple[Any, Any]
+) -> None:
+    warps = SHAPES[name].warps
+    values, types = zip(*arguments, strict=True)
+    kernel.launch(min(resident, -(-num_tiles // warps)), 32 * warps, shared_bytes, values, types)
 
 
 def row_bytes(itemsize: int) -> int:
@@ -129,35 +160,30 @@ def row_bytes(itemsize: int) -> int:
     return (4 + TILE_VALUES * itemsize + 15) // 16 * 16 + 4 * TILE_VALUES
 
 
-def _encode(src: Tensor, plan: DevicePlan, steps: Steps | None, mode: int) -> tuple[Tensor, Tensor]:
+def _encode(src: Tensor, plan: DevicePlan, steps: Steps | None, mode: str | None) -> tuple[Tensor, Tensor]:
     bits, device = as_bits(src), src.device
-    bounded = steps is not None
     width = row_bytes(bits.element_size())
     scratch = torch.empty(plan.num_tiles, width, dtype=torch.uint8, device=device)
     sizes = torch.empty(plan.num_tiles, dtype=torch.int32, device=device)
     if plan.num_tiles == 0:
         return scratch, sizes
     quantisers = torch.stack([steps.step, steps.inverse, steps.bound], -1).contiguous() if steps else sizes
+    tables, radius = _encoder_tables(mode is None, device)
     channel_steps = steps is not None and steps.step.dim() == 2
-    tables, radius = _encoder_tables(not bounded, device)
-    kernel, resident = _kernel("kvf_encode", src.dtype, bounded, device.index, 0)
-    warps = _ENCODE_THREADS // 32
-    kernel.launch(
-        min(resident, -(-plan.num_tiles // warps)),
-        _ENCODE_THREADS,
+    kernel, resident = _kernel("kvf_encode", src.dtype, mode, channel_steps, device.index, 0)
+    _launch(
+        "kvf_encode",
+        kernel,
+        resident,
+        plan.num_tiles,
         0,
-        (
-            _Source.of(bits, plan),
-            quantisers.data_ptr(),
-            mode,
-            int(channel_steps),
-            tables.data_ptr(),
-            radius.data_ptr(),
-            scratch.data_ptr(),
-            width,
-            sizes.data_ptr(),
-        ),
-        (None, POINTER, I32, I32, POINTER, POINTER, POINTER, I64, POINTER),
+        (_Source.of(bits, plan), None),
+        (quantisers.data_ptr(), POINTER),
+        (tables.data_ptr(), POINTER),
+        (radius.data_ptr(), POINTER),
+        (scratch.data_ptr(), POINTER),
+        (width, I64),
+        (sizes.data_ptr(), POINTER),
     )
     return scratch, sizes
 
@@ -166,12 +192,12 @@ def encode_bounded(src: Tensor, plan: DevicePlan, steps: Steps, mode: str) -> tu
     """Tiles of `src` (CUDA, bf16, fp16 or fp32): rows uint8 `[N, row_bytes]` and sizes int32 `[N]`, on the device."""
     if src.dtype not in MANTISSA_BITS:
         raise TypeError(f"no bounded kernel for {src.dtype}")
-    return _encode(src, plan, steps, MODES[mode])
+    return _encode(src, plan, steps, mode)
 
 
 def encode_lossless(src: Tensor, plan: DevicePlan) -> tuple[Tensor, Tensor]:
     """As `encode_bounded`, exact, and fp8 too."""
-    return _encode(src, plan, None, 0)
+    return _encode(src, plan, None, None)
 
 
 def decode(
@@ -192,24 +218,19 @@ def decode(
     """
     if plan.num_tiles == 0:
         return
-    bounded = mode is not None
-    slots = _decoder_table(not bounded, dst.device)
+    slots = _decoder_table(mode is None, dst.device)
     shared_bytes = 4 * slots.numel()
-    kernel, resident = _kernel("kvf_decode", dst.dtype, bounded, dst.device.index, shared_bytes)
-    warps = _DECODE_THREADS // 32
-    kernel.launch(
-        min(resident, -(-plan.num_tiles // warps)),
-        _DECODE_THREADS,
+    kernel, resident = _kernel("kvf_decode", dst.dtype, mode, channel_steps, dst.device.index, shared_bytes)
+    _launch(
+        "kvf_decode",
+        kernel,
+        resident,
+        plan.num_tiles,
         shared_bytes,
-        (
-            _Source.of(as_bits(dst), plan),
-            payload.data_ptr(),
-            starts.data_ptr(),
-            sizes.data_ptr(),
-            MODES[mode or "fixed"],
-            int(channel_steps),
-            slots.data_ptr(),
-            status.data_ptr(),
-        ),
-        (None, POINTER, POINTER, POINTER, I32, I32, POINTER, POINTER),
+        (_Source.of(as_bits(dst), plan), None),
+        (payload.data_ptr(), POINTER),
+        (starts.data_ptr(), POINTER),
+        (sizes.data_ptr(), POINTER),
+        (slots.data_ptr(), POINTER),
+        (status.data_ptr(), POINTER),
     )
