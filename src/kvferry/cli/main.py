@@ -1,0 +1,23 @@
+"""The entry point: one typer application, one module a command."""
+
+import typer
+
+from kvferry.cli.demo import demo
+from kvferry.cli.doctor import doctor
+from kvferry.cli.inspect import inspect
+
+app = typer.Typer(
+    name="kvferry",
+    help="Compress a language model's KV cache with a stated guarantee, move it, and get it back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(demo)
+app.command()(inspect)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="kvferry")
