@@ -2,8 +2,9 @@
 
     python -m benchmarks.codec_speed --kv kv.safetensors --out results.json
 
-The caches are repeated until they fill the size. Bounds are 0.2 standard deviations of each layer's K or V. In the same run
-every case is checked first: the encoded bytes of one copy equal the CPU reference's, the decoded values keep the bound.
+The caches are repeated until they fill the size. Bounds are 0.2 standard deviations of each layer's K or V. In the same
+run every case is checked first: the encoded bytes of one copy equal the CPU reference's, the decoded values keep the
+bound.
 GB/s count the bytes of the uncompressed tensor.
 """
 
@@ -74,8 +75,11 @@ class Case:
             merged = parts[0][1]
             for rows, steps in parts[1:]:
                 mine = rows.repeat_interleave(tiles_per_row)
-                pairs = zip((steps.step, steps.inverse, steps.bound), (merged.step, merged.inverse, merged.bound), strict=True)
-                merged = Steps(*(torch.where(mine, new, old) for new, old in pairs))
+                merged = Steps(
+                    torch.where(mine, steps.step, merged.step),
+                    torch.where(mine, steps.inverse, merged.inverse),
+                    torch.where(mine, steps.bound, merged.bound),
+                )
             self.steps = merged
 
     def encode(self) -> tuple[Tensor, Tensor]:
@@ -167,7 +171,9 @@ def main(
                 row = {"mib": mib, "mode": mode or "lossless", "packing": packing, "ratio": x.nbytes / total}
                 row["shape"] = list(x.shape)
                 row["encode"] = summary(timed(case.encode, repeats), x.nbytes)
-                row["compact"] = summary(timed(lambda s=scratch, n=lengths, t=total: compact(s, n, total=t), repeats), x.nbytes)
+                row["compact"] = summary(
+                    timed(lambda s=scratch, n=lengths, t=total: compact(s, n, total=t), repeats), x.nbytes
+                )
                 row["decode"] = summary(
                     timed(lambda c=case, p=payload, s=starts, n=lengths: c.decode(p, s, n), repeats), x.nbytes
                 )

@@ -29,7 +29,9 @@ def main(
     starts = np.random.default_rng(seed).integers(0, len(ids) - length, sequences)
     cache = DynamicCache(config=network.config)
     with torch.inference_mode():
-        network(torch.from_numpy(np.stack([ids[s : s + length] for s in starts])), past_key_values=cache, logits_to_keep=1)
+        network(
+            torch.from_numpy(np.stack([ids[s : s + length] for s in starts])), past_key_values=cache, logits_to_keep=1
+        )
     layers = enumerate(cache.layers)
     tensors = {f"layer.{i:02}.{side}": t for i, layer in layers for side, t in (("k", layer.keys), ("v", layer.values))}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from kvferry.device import nvrtc  # noqa: E402
+from kvferry.device import nvrtc
 
 SOURCE = 'extern "C" __global__ void add(float *x) { x[threadIdx.x] += VALUE; }'
 

@@ -7,26 +7,30 @@ import torch
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from kvferry.codecs.fused import ans  # noqa: E402
-from kvferry.device.nvrtc import compile_cubin  # noqa: E402
-from kvferry.packing.ans.tables import PROB_SCALE, family  # noqa: E402
+from kvferry.codecs.fused import ans
+from kvferry.device.nvrtc import compile_cubin
+from kvferry.packing.ans.tables import PROB_SCALE, family
 
-BOUNDED = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True)]
-LOSSLESS = [(dtype, False) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)]
-CASES = [("sm_90", *case) for case in (*BOUNDED, *LOSSLESS, (torch.float8_e5m2, False))]
-CASES += [(arch, torch.bfloat16, bounded) for arch in ("sm_80", "sm_100") for bounded in (True, False)]
+# (dtype, mode or None for lossless, whether each channel has its own step)
+BF16 = [(torch.bfloat16, mode, False) for mode in ("fixed", "plain", "outlier", None)] + [
+    (torch.bfloat16, "fixed", True)
+]
+FLOATS = [(dtype, mode, False) for dtype in (torch.float16, torch.float32) for mode in ("fixed", None)]
+FP8 = [(torch.float8_e4m3fn, None, False), (torch.float8_e5m2, None, False)]
+CASES = [("sm_90", *case) for case in (*BF16, *FLOATS, *FP8)]
+CASES += [(arch, torch.bfloat16, mode, False) for arch in ("sm_80", "sm_100") for mode in ("fixed", None)]
 
 
-@pytest.mark.parametrize(("arch", "dtype", "bounded"), CASES)
-def test_kernels_compile(arch: str, dtype: torch.dtype, bounded: bool):
-    cubin = compile_cubin(ans.source_text(), arch, ans.defines(dtype, bounded))
-    assert b"kvf_encode" in cubin
-    assert b"kvf_decode" in cubin
+@pytest.mark.parametrize("kernel", ["kvf_encode", "kvf_decode"])
+@pytest.mark.parametrize(("arch", "dtype", "mode", "channel_steps"), CASES)
+def test_kernels_compile(kernel: str, arch: str, dtype: torch.dtype, mode: str | None, channel_steps: bool):
+    cubin = compile_cubin(ans.source_text(kernel), arch, ans.defines(kernel, dtype, mode, channel_steps))
+    assert kernel.encode() in cubin
 
 
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_multiplying_by_the_reciprocal_divides(one_sided: bool):
-    """The update x -> (x // f << 10) + x % f + cum, done as the kernel does it, at the edges of every quotient range."""
+    """The update x -> (x // f << 10) + x % f + cum, done as the kernel does it, at the edges of quotient ranges."""
     tables = family(one_sided)
     entries = ans.encoder_entries(one_sided).tolist()
     drawn = random.Random(0)
@@ -68,7 +72,9 @@ def test_the_idle_table_leaves_every_state_as_it_is(one_sided: bool):
     slots = ans.decoder_slots(one_sided)[PROB_SCALE * tables.count :].long()
     for x in (1 << 16, 123456789, 2**32 - 1):
         assert x >> 22 < packed & 2047
-        assert x + (packed >> 11 & 2047) + ((x * reciprocal >> 32) >> (packed >> 22)) * (PROB_SCALE - (packed & 2047)) == x
+        assert (
+            x + (packed >> 11 & 2047) + ((x * reciprocal >> 32) >> (packed >> 22)) * (PROB_SCALE - (packed & 2047)) == x
+        )
         slot = int(slots[x & 1023])
         assert slot >> 24 == 0
         assert (slot >> 12 & 0xFFF) * (x >> 10) + (slot & 0xFFF) == x
@@ -81,7 +87,9 @@ def test_the_outermost_entries_are_empty(one_sided: bool):
     assert one_sided or not entries[:, 0].any()
 
 
-def test_the_kernel_source_knows_the_size_of_the_table_families():
-    source = ans.source_text()
-    assert f"LAST_TWO_SIDED = {family(False).count - 1}" in source
-    assert f"LAST_ONE_SIDED = {family(True).count - 1}" in source
+def test_the_kernel_source_agrees_with_the_host():
+    encode, decode = ans.source_text("kvf_encode"), ans.source_text("kvf_decode")
+    assert f"LAST_TWO_SIDED = {family(False).count - 1}" in encode
+    assert f"LAST_ONE_SIDED = {family(True).count - 1}" in encode
+    assert f"ENCODE_WARPS = {ans.SHAPES['kvf_encode'].warps};" in encode
+    assert f"DECODE_WARPS = {ans.SHAPES['kvf_decode'].warps};" in decode

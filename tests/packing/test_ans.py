@@ -1,0 +1,307 @@
+"""The `ans` packer: tables, classes and the coder, against definitions and a decoder of the tests' own."""
+
+import hashlib
+import json
+import math
+from fractions import Fraction
+from importlib.resources import files
+
+import pytest
+import torch
+from packing_scalar import TABLES, Header, decode_tile, split_tiles, two_sided_table
+
+import kvferry
+from contract.cases import MODES, RELATIVE_TO, bits_of, bounded, case_id, gaussian, tiles_of, with_specials
+from kvferry import Bounded, Codec, Lossless
+from kvferry.packing.ans import classes, reference
+from kvferry.packing.ans.tables import MAX_CLASS, covered_radius, family, load, low_shift, split_class
+from kvferry.packing.columns import Bases, Columns, Layout, empty_planes
+
+# The tables are the format: frames written with others cannot be read. They change with the format's version only.
+TABLES_DIGEST = "e593c699676094ce0973888ba87b7f2a501cb37c24fb1b74253c16a609f11100"
+FAMILIES = ("two_sided", "one_sided")
+
+
+def test_tables_are_the_formats_own() -> None:
+    data = json.loads(files("kvferry.packing.ans").joinpath("tables.json").read_text())
+    assert list(data) == list(FAMILIES)
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+    assert hashlib.sha256(canonical).hexdigest() == TABLES_DIGEST
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tables_are_distributions(name: str) -> None:
+    tables = load(name)
+    assert len(tables) == {"two_sided": 17, "one_sided": 16}[name]
+    for table in tables:
+        assert sum(table) == 1024
+        assert min(table) >= 1
+        assert len(table) <= 64
+        if name == "two_sided":
+            assert table == table[::-1]
+            assert len(table) % 2 == 1
+    assert load("two_sided")[0] == [1024]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_arrays_are_the_tables(name: str) -> None:
+    tables = family(name == "one_sided")
+    assert tables.count == len(load(name))
+    for c, row in enumerate(load(name)):
+        origin = 0 if name == "one_sided" else len(row) // 2
+        assert int(tables.origin[c]) == origin
+        assert int(tables.size[c]) == len(row)
+        assert tables.freq[c, : len(row)].tolist() == row
+        assert not tables.freq[c, len(row) :].any()
+        slot = 0
+        for i, freq in enumerate(row):
+            assert int(tables.cum[c, i]) == slot
+            for bias in range(freq):
+                assert int(tables.symbol[c, slot]) == i - origin
+                assert int(tables.slot_freq[c, slot]) == freq
+                assert int(tables.slot_bias[c, slot]) == bias
+                slot += 1
+
+
+def test_shift_of_each_class_is_the_documented_one() -> None:
+    scale_class = torch.arange(MAX_CLASS + 1)
+    table, shift = split_class(scale_class)
+    for c in range(MAX_CLASS + 1):
+        assert (int(table[c]), int(shift[c])) == two_sided_table(c)
+        assert low_shift(c) == int(shift[c])
+        assert 0 <= int(table[c]) <= 16
+
+
+def test_covered_radius_by_trying() -> None:
+    """The largest radius whose every residual has a symbol in the class's table."""
+    radius = covered_radius().tolist()
+    assert len(radius) == MAX_CLASS + 1
+    for c in range(34):
+        table, shift = two_sided_table(c)
+        reach, half = len(TABLES["two_sided"][table]) // 2, 1 << shift >> 1
+
+        def held(r: int, reach: int = reach, half: int = half, shift: int = shift) -> bool:
+            return abs(r + half >> shift) <= reach
+
+        tried = next(r for r in range(1 << 20) if not (held(r) and held(-r))) - 1
+        assert radius[c] == tried, f"class {c}"
+    assert radius == sorted(radius)
+    # The differences of two codes of the largest size have a class.
+    assert radius[-1] >= 2 * (1 << 22) * 2
+
+
+def exact_class(spread: int, tokens: int) -> int:
+    """max(1, floor(1.5*(log2(spread/tokens**2) + 7))) in integers: 2**n <= variance**3 * 2**21, n = 2*class."""
+    if spread == 0:
+        return 0
+    power = Fraction(spread, tokens * tokens) ** 3 * 2**21  # 2**(3*(log2 v + 7))
+    doubled = math.floor(math.log2(power))
+    while Fraction(2) ** doubled > power:
+        doubled -= 1
+    while Fraction(2) ** (doubled + 1) <= power:
+        doubled += 1
+    return min(max(1, doubled // 2), MAX_CLASS)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 31, 32, 33, 63, 64])
+def test_spread_class_is_its_definition(tokens: int) -> None:
+    """Against exact arithmetic, but where float32's two roundings may fall on the other side of a boundary."""
+    generator = torch.Generator().manual_seed(tokens)
+    wide = torch.exp2(torch.rand(3000, generator=generator, dtype=torch.float64) * 55)
+    spreads = torch.cat([torch.arange(2000), wide.long()])
+    got = classes.spread_class(spreads, tokens).tolist()
+    assert got[0] == 0
+    for spread, result in zip(spreads.tolist(), got, strict=True):
+        if result == exact_class(spread, tokens):
+            continue
+        around = (math.floor(spread * (1 - 2**-22)), math.ceil(spread * (1 + 2**-22)))
+        near = {exact_class(neighbour, tokens) for neighbour in around}
+        assert result in near and len(near) == 2, f"spread {spread}, {tokens} tokens"
+
+
+def test_spread_class_at_every_boundary() -> None:
+    """Thirds of an octave of the standard deviation: one more class each, from variances below 1 to the largest."""
+    tokens = 64
+    for c in range(2, 70):
+        boundary = 4096 * 2 ** (c / 1.5 - 7)
+        below, above = math.floor(boundary * (1 - 1e-6)), math.ceil(boundary * (1 + 1e-6))
+        if below < 1 or above - below > boundary / 4:
+            continue
+        assert classes.spread_class(torch.tensor([below, above]), tokens).tolist() == [c - 1, c]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 31, 64])
+def test_base_is_the_rounded_mean(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    values = torch.randint(-(1 << 22), 1 << 22, (50, tokens, 4), generator=generator)
+    values[:20] >>= 18
+    base, scale_class = classes.centred(values)
+    for n in range(50):
+        for c in range(4):
+            column = values[n, :, c].tolist()
+            mean = Fraction(sum(column), tokens)
+            assert int(base[n, c]) == math.floor(mean + Fraction(1, 2))
+            spread = tokens * sum(v * v for v in column) - sum(column) ** 2
+            assert abs(int(scale_class[n, c]) - exact_class(spread, tokens)) <= (spread > 1 << 22)
+
+
+@pytest.mark.parametrize("mode", ["plain", "outlier"])
+def test_differences_are_never_stored_exactly(mode: str) -> None:
+    """One that the table lacks would shift all that follow: every class holds all of its channel."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randint(-2, 3, (40, 64, 16), generator=generator)
+    values[torch.arange(40), torch.randint(0, 64, (40,), generator=generator)] <<= torch.arange(16) + 5
+    scale_class = classes.differences(values) if mode == "plain" else classes.apart(values)[0]
+    rest = values.clone()
+    if mode == "outlier":
+        rest[:, 0][classes.apart(values)[1]] = 0
+    assert (covered_radius()[scale_class] >= rest.abs().amax(1)).all()
+
+
+TILES = [(64, 128), (64, 33), (64, 32), (31, 7), (1, 1), (1, 129), (63, 80), (33, 70)]
+SCALAR_CASES: list[Codec] = [
+    Lossless("ans"),
+    *[bounded(mode, "token", "ans", relative_to) for mode in MODES for relative_to in RELATIVE_TO],
+]
+
+
+def assert_scalar_agrees(tensor: torch.Tensor, codec: Codec) -> int:
+    """Every tile of the frame, decoded one value at a time, gives the bits that `decompress` gives."""
+    frame = kvferry.compress(tensor, codec)
+    header = Header(frame)
+    wanted = bits_of(kvferry.decompress(frame)).reshape(-1).long() & ((1 << 8 * tensor.element_size()) - 1)
+    indices = list(tiles_of(tuple(tensor.shape), header.flat))
+    tiles = list(split_tiles(frame))
+    assert len(tiles) == len(indices)
+    for data, index in zip(tiles, indices, strict=True):
+        decoded = decode_tile(data, *index.shape, header)
+        assert torch.tensor(decoded).equal(wanted[index])
+    return sum(tile[0] for tile in tiles)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=case_id)
+@pytest.mark.parametrize("codec", SCALAR_CASES, ids=case_id)
+def test_scalar_decoder_agrees(codec: Codec, dtype: torch.dtype) -> None:
+    coded = 0
+    for shape in TILES:
+        tensor = gaussian(shape, dtype, shape[1])
+        coded += assert_scalar_agrees(tensor, codec)
+        coded += assert_scalar_agrees(with_specials(tensor)[0], codec)
+    assert coded >= 6, "hardly a tile was coded: nothing was tested"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=case_id)
+def test_scalar_decoder_agrees_on_fp8(dtype: torch.dtype) -> None:
+    assert assert_scalar_agrees(gaussian((130, 64), dtype), Lossless("ans")) > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scalar_decoder_agrees_on_low_bits(mode: str) -> None:
+    """Small bounds: classes above 16, whose values have low bits beside their symbols."""
+    for error_bound in (1e-2, 1e-3, 1e-5):
+        codec = Bounded(error_bound, relative=False, mode=mode)
+        assert assert_scalar_agrees(gaussian((64, 24), torch.float32, 9), codec) == 1
+
+
+@pytest.mark.parametrize("grouping", ["flat"])
+def test_scalar_decoder_agrees_on_flat_grouping(grouping: str) -> None:
+    assert assert_scalar_agrees(gaussian((9, 1100), torch.bfloat16), bounded("plain", grouping, "ans", "tile")) > 0
+
+
+def test_lanes_cover_the_channels() -> None:
+    for channels in range(1, 129):
+        per_lane, lanes = reference.lanes_of(channels)
+        assert lanes <= 32
+        assert (lanes - 1) * per_lane < channels <= lanes * per_lane
+
+
+def coded_bits(values: torch.Tensor) -> float:
+    """Bits a value that coding makes of integer tiles `[N, 64, 128]`: words, exact values and what the lanes' states
+    say, without what naming each channel's class and base costs. A final state is spread evenly over the octaves from
+    2**16 to 2**32, so it says 8 of its 32 bits on average."""
+    values = values.int()
+    nothing = torch.zeros_like(values, dtype=torch.bool)
+    columns = Columns(values, values, empty_planes(values), nothing, values.short(), torch.ones(len(values)))
+    rows, length = reference.pack(columns, Layout(2, Bases.ALL), 1 << 16)
+    widths = torch.tensor([0, 4, 8, 16, 32])
+    naming = 128 * (widths[rows[:, 1].long()] + widths[rows[:, 2].long()])
+    return float((8 * length - 128 - naming - 32 * 24).sum()) / values.numel()
+
+
+@pytest.mark.parametrize("sigma", [0.4, 0.7, 1.0, 2.5, 5.0, 7.0, 30.0, 500.0])
+def test_coded_size_is_the_entropy(sigma: float) -> None:
+    """Gaussian integers: the coder within 0.01 bits of the tables' cross entropy, that within 0.1 of the noise's."""
+    generator = torch.Generator().manual_seed(int(10 * sigma))
+    values = (torch.randn(6, 64, 128, generator=generator, dtype=torch.float64) * sigma).round().long()
+    base, scale_class = classes.centred(values)
+    ideal = 0.0
+    for n in range(len(values)):
+        for c in range(128):
+            table, shift = two_sided_table(int(scale_class[n, c]))
+            freqs = TABLES["two_sided"][table]
+            half = 1 << shift >> 1
+            for v in values[n, :, c].tolist():
+                symbol = (v - int(base[n, c]) + half >> shift) + len(freqs) // 2
+                inside = 0 <= symbol < len(freqs)
+                # Outside: a position, the bits, and the symbol 0 in its place.
+                ideal += shift - math.log2(freqs[symbol if inside else len(freqs) // 2] / 1024) + (0 if inside else 32)
+    ideal /= values.numel()
+    assert abs(coded_bits(values) - ideal) < 0.01
+    entropy = 0.0
+    for k in range(-int(12 * sigma) - 2, int(12 * sigma) + 3):
+        p = 0.5 * (math.erf((k + 0.5) / sigma / 2**0.5) - math.erf((k - 0.5) / sigma / 2**0.5))
+        entropy -= p * math.log2(p) if p > 0 else 0
+    assert ideal < entropy + 0.1
+
+
+@pytest.mark.parametrize("what", ["state", "words", "more-words", "fewer-words", "class"])
+def test_coder_that_does_not_end_where_it_must(what: str) -> None:
+    """Each lane ends at 2**16 with every word used: what does not is refused (a wrong lane would decode to noise)."""
+    values = gaussian((1, 64, 128), torch.float32, 2).mul(3).round().int()
+    nothing = torch.zeros_like(values, dtype=torch.bool)
+    layout = Layout(2, Bases.ALL)
+    columns = Columns(values, values, empty_planes(values), nothing, values.short(), torch.ones(1))
+    rows, length = reference.pack(columns, layout, 1 << 15)
+    tile = rows[0, : int(length)].clone()
+
+    def good(tile: torch.Tensor) -> bool:
+        start, size = torch.zeros(1, dtype=torch.int64), torch.tensor([len(tile)])
+        return bool(reference.unpack(tile, start, size, 64, 128, layout).good)
+
+    assert good(tile)
+    num_words = int(tile[4]) + 256 * int(tile[5])
+    if what == "state":
+        tile[20] ^= 1
+    elif what == "words":
+        # Any bit of the last words: most leave the number of words as it is, and show in the final states alone.
+        end = len(tile) - 2 * (num_words % 2)
+        for bit in range(8 * (end - 100), 8 * end):
+            altered = tile.clone()
+            altered[bit // 8] ^= 1 << bit % 8
+            assert not good(altered), f"bit {bit} altered unnoticed"
+        return
+    elif what == "more-words":
+        tile = torch.cat([tile, tile.new_zeros(4)])
+        count = num_words + 2
+        tile[4], tile[5] = count & 255, count >> 8
+    elif what == "fewer-words":
+        count = num_words - 2
+        tile[4], tile[5], tile = count & 255, count >> 8, tile[:-4]
+    else:
+        tile[3] = MAX_CLASS + 1
+    assert not good(tile)
+
+
+def test_encoder_can_divide_by_multiplying() -> None:
+    """Kernels replace x / freq by one 32-bit multiplication: for every frequency in the tables it is exact for every
+    state that occurs (x < freq * 2**22). Checked at the quotients' edges, where it would go wrong first."""
+    for freq in sorted({f for name in FAMILIES for row in load(name) for f in row} - {1}):
+        bits = (freq - 1).bit_length()
+        reciprocal = ((1 << (bits + 31)) + freq - 1) // freq
+        assert reciprocal < 1 << 32
+        largest = min(freq << 22, 1 << 32) - 1
+        quotient = largest // freq
+        edges = {q * freq + r for q in (1, 2, quotient // 2, quotient - 1, quotient) for r in (-1, 0, freq - 1)}
+        for x in edges | {largest}:
+            if 0 <= x <= largest:
+                assert x * reciprocal >> (bits + 31) == x // freq, f"{x} / {freq}"

@@ -1,0 +1,53 @@
+"""`import kvferry` needs PyTorch, NumPy and xxhash alone: tried where optional packages are missing."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import importlib.abc
+import sys
+
+BLOCKED = {blocked!r}
+
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(name + " is blocked")
+
+
+sys.meta_path.insert(0, Block())
+for name in BLOCKED:
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(name + " could be imported: the test blocks nothing")
+
+import torch
+
+import kvferry
+
+tensor = torch.linspace(-3, 3, 70 * 40).view(70, 40)
+for codec in (kvferry.Raw(), kvferry.Lossless(), kvferry.Lossless("bitpack")):
+    assert kvferry.decompress(kvferry.compress(tensor, codec)).equal(tensor)
+for packing in ("ans", "bitpack"):
+    frame = kvferry.compress(tensor, kvferry.Bounded(0.25, relative=False, packing=packing))
+    assert (kvferry.decompress(frame) - tensor).abs().max() <= 0.25
+    assert kvferry.inspect(frame).ratio > 3
+store = kvferry.HostStore(1 << 20)
+assert not BLOCKED & {{name.partition(".")[0] for name in sys.modules}}
+print("works")
+"""
+BLOCKED = {"triton", "cuda", "transformers", "vllm", "matplotlib", "typer", "rich", "safetensors", "hypothesis"}
+
+
+@pytest.mark.timeout(120)
+def test_import_needs_nothing_optional() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(blocked=BLOCKED)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "works\n"
