@@ -1,5 +1,6 @@
 """What a result must say about where it was measured."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def commit() -> str:
-    """The commit measured, marked where the tree differed from it; "unknown" outside a checkout."""
+    """The commit measured, marked where the tree differed from it; where there is no checkout, what KVFERRY_COMMIT says."""
+    if given := os.environ.get("KVFERRY_COMMIT"):
+        return given
     try:
         head = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     except OSError:
