@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def commit() -> str:
-    """The commit measured, marked where the tree differed from it; where there is no checkout, what KVFERRY_COMMIT says."""
+    """The commit measured, marked where the tree differed from it; without a checkout, what KVFERRY_COMMIT says."""
     if given := os.environ.get("KVFERRY_COMMIT"):
         return given
     try:
