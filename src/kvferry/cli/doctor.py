@@ -12,7 +12,6 @@ ENABLES = {
     "triton": "GPU kernels (bounded, lossless with bitpack)",
     "cuda-bindings": "GPU kernels for the ans packer, compiled at run time",
     "transformers": "HostStore.put_cache and restore_cache, kvferry demo",
-    "vllm": "the vLLM integration",
     "matplotlib": "the demo's plot",
 }
 
