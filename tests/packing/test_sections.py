@@ -60,14 +60,14 @@ def test_sections_come_back(lengths: list[list[int]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     table = torch.tensor(lengths)
     written = [torch.randint(0, 256, (len(table), 13), generator=generator).to(torch.uint8) for _ in range(3)]
-    writer = RowWriter(len(table), 64, torch.device("cpu"))
+    writer = RowWriter(len(table), torch.device("cpu"))
     for i, section in enumerate(written):
         writer.append(section, table[:, i])
     padded = (table + 3) // 4 * 4
     assert writer.length.equal(padded.sum(1))
     payload = torch.cat(
         [torch.tensor([9, 9, 9], dtype=torch.uint8)]
-        + [row[:size] for row, size in zip(writer.data, writer.length.tolist(), strict=True)]
+        + [row[:size] for row, size in zip(writer.finish(64), writer.length.tolist(), strict=True)]
     )
     starts = writer.length.cumsum(0) - writer.length + 3
     reader = RowReader(payload, starts, writer.length)
@@ -82,12 +82,17 @@ def test_sections_come_back(lengths: list[list[int]], seed: int) -> None:
 
 def test_writer_does_not_run_into_other_rows() -> None:
     """What falls behind the capacity is lost, and the length says so: such a tile is stored raw."""
-    writer = RowWriter(3, 8, torch.device("cpu"))
+    writer = RowWriter(3, torch.device("cpu"))
     full = torch.full((3, 40), 7, dtype=torch.uint8)
     writer.append(full, torch.tensor([4, 40, 0]))
-    assert writer.length.tolist() == [4, 40, 0]
-    assert writer.data[0, :8].tolist() == [7] * 4 + [0] * 4
-    assert not writer.data[2, :8].any()
+    writer.append(full[:, :4])
+    assert writer.length.tolist() == [8, 44, 4]
+    data = writer.finish(12)
+    assert data[0, :8].tolist() == [7] * 8
+    assert data[1, :12].tolist() == [7] * 12
+    assert data[2, :4].tolist() == [7] * 4
+    assert not data[0, 8:12].any()
+    assert not data[2, 4:12].any()
 
 
 @pytest.mark.parametrize("rows", [1, 3])

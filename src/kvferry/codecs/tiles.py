@@ -39,19 +39,19 @@ def encode_tiles(
             values = gather_tiles(bits, plan, batch, tokens, channels)
             capacity = int(raw_bytes[batch[0]])
             rows, length = packer.pack(to_columns(values, batch), layout, capacity)
-            rows = rows[:, :capacity].contiguous()
             raw = length >= capacity
-            rows[raw] = _raw_rows(values[raw], capacity)
-            sizes[batch] = torch.where(raw, capacity, length).numpy()
-            coded.append((batch, rows))
+            length = torch.where(raw, capacity, length)
+            if bool(raw.any()):
+                rows = torch.nn.functional.pad(rows, (0, max(0, capacity - rows.shape[1])))
+                rows[raw, :capacity] = _raw_rows(values[raw], capacity)
+            sizes[batch] = length.numpy()
+            coded.append((batch, rows[:, : int(length.max())]))
     starts = np.cumsum(sizes) - sizes
-    payload = torch.empty(int(sizes.sum()), dtype=torch.uint8)
+    payload = np.empty(int(sizes.sum()), dtype=np.uint8)
     for batch, rows in coded:
-        place = torch.arange(rows.shape[1])
-        wanted = place < torch.from_numpy(sizes[batch])[:, None]
-        index = torch.from_numpy(starts[batch])[:, None] + place
-        payload[index[wanted]] = rows[wanted]
-    return sizes, payload
+        for tile, row in zip(batch, rows.numpy(), strict=True):
+            payload[starts[tile] : starts[tile] + sizes[tile]] = row[: sizes[tile]]
+    return sizes, torch.from_numpy(payload)
 
 
 def _raw_rows(values: Tensor, capacity: int) -> Tensor:

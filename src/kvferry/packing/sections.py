@@ -34,29 +34,41 @@ def from_little_endian(data: Tensor, num_bytes: int) -> Tensor:
 
 
 class RowWriter:
-    """Appends sections of differing length to N rows of bytes; each section is padded to 4 bytes."""
+    """Sections of differing length, put one after another into N rows of bytes; each is padded to 4 bytes."""
 
-    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        self.data = torch.zeros(rows, capacity + 4, dtype=torch.uint8, device=device)
+    def __init__(self, rows: int, device: torch.device) -> None:
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._sections: list[tuple[Tensor, Tensor | None]] = []
 
     def append(self, section: Tensor, num_bytes: Tensor | None = None) -> None:
         """`section` uint8 `[N, L]`, of which row n holds the first `num_bytes[n]` (all L if None)."""
-        rows, width = section.shape
-        if num_bytes is None:
-            num_bytes = torch.full((rows,), width, dtype=torch.int64, device=section.device)
-        place = torch.arange(width, device=section.device)
-        wanted = place < num_bytes[:, None]
-        # Bytes that are not wanted, or that fall behind the capacity (the tile is stored raw then), go to a spare last
-        # byte.
-        spare = self.data.shape[1] - 1
-        index = torch.where(wanted, self.length[:, None] + place, spare).clamp(max=spare)
-        self.data.scatter_(1, index, section)
-        self.length = pad4(self.length + num_bytes)
+        self._sections.append((section, num_bytes))
+        self.length = pad4(self.length + (section.shape[1] if num_bytes is None else num_bytes))
 
-    def put(self, at: int, section: Tensor) -> None:
-        """Overwrite the same bytes of every row."""
-        self.data[:, at : at + section.shape[1]] = section
+    def finish(self, capacity: int) -> Tensor:
+        """The rows, uint8 `[N, L]`; what lies behind a row's length is undefined. Rows longer than `capacity` are cut
+        off there."""
+        longest = int(self.length.max()) if len(self.length) else 0
+        # Bytes that are not wanted, or that lie behind the capacity, go to a spare last byte.
+        spare = min(longest, capacity)
+        data = torch.zeros(len(self.length), spare + 1, dtype=torch.uint8, device=self.length.device)
+        at = torch.zeros_like(self.length)
+        same = 0  # where the next section starts in every row, as long as that is the same in all
+        for section, num_bytes in self._sections:
+            width = section.shape[1]
+            if num_bytes is None and same >= 0:
+                data[:, same : min(same + width, spare)] = section[:, : max(0, spare - same)]
+                same = (same + width + 3) & -4
+                at += same - at
+                continue
+            same = -1
+            place = torch.arange(width, device=section.device)
+            index = at[:, None] + place
+            if num_bytes is not None:
+                index = torch.where(place < num_bytes[:, None], index, spare)
+            data.scatter_(1, index.clamp(max=spare), section)
+            at = pad4(at + (width if num_bytes is None else num_bytes))
+        return data
 
 
 class RowReader:
@@ -196,14 +208,13 @@ class TileHeader:
         return cls(kind, base_code, class_code, class0, words[:, 0], words[:, 1], wide[:, 0].long(), step)
 
 
-def append_exact(writer: RowWriter, columns: Columns, exact: Tensor, itemsize: int) -> Tensor:
-    """Append the positions and bits of the exactly stored values; returns how many, int64 `[N]`."""
+def append_exact(writer: RowWriter, columns: Columns, exact: Tensor, itemsize: int) -> None:
+    """Append the positions and bits of the exactly stored values."""
     n = exact.shape[0]
     positions, count = select(torch.arange(exact[0].numel(), device=exact.device).expand(n, -1), exact.reshape(n, -1))
     writer.append(little_endian(positions, 2), 2 * count)
     bits = columns.bits.reshape(n, -1).gather(1, positions).long()
     writer.append(little_endian(bits, itemsize), itemsize * count)
-    return count
 
 
 def take_exact(reader: RowReader, count: Tensor, itemsize: int, num_values: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,8 +236,7 @@ def append_steps(writer: RowWriter, columns: Columns, layout: Layout) -> None:
         writer.append(little_endian(columns.step.view(torch.int32).long() >> 16, 2))
 
 
-def put_header(
-    writer: RowWriter,
+def tile_header(
     columns: Columns,
     layout: Layout,
     base_code: Tensor,
@@ -235,11 +245,11 @@ def put_header(
     num_words: Tensor,
     num_exact: Tensor,
     base0: Tensor,
-) -> None:
-    """Write the header of each row, once everything in it is known."""
+) -> Tensor:
+    """The header of each row, uint8 `[N, 16]`."""
     kind = torch.full_like(num_exact, KIND_CODED)
     step = torch.zeros_like(columns.step[:, 0]) if layout.channel_steps else columns.step
-    writer.put(0, TileHeader(kind, base_code, class_code, class0, num_words, num_exact, base0, step).pack())
+    return TileHeader(kind, base_code, class_code, class0, num_words, num_exact, base0, step).pack()
 
 
 def take_planes_and_steps(

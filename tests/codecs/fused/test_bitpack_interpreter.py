@@ -284,7 +284,7 @@ def test_lossless_strides():
 def test_statistics(dtype):
     x = awkward((2, 70, 33), dtype)
     host_plan = plan_tensor(x, False)[1]
-    low, high, exponent_sum = _tile_statistics(x, host_plan)
+    low, high, exponent_sum = _tile_statistics(x, host_plan, ranges=True)
     stats = tile_stats(x.to(DEVICE), DevicePlan.of(host_plan, DEVICE))
     assert torch.equal(stats.minimum.cpu(), low)
     assert torch.equal(stats.maximum.cpu(), high)

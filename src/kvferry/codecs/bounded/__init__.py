@@ -104,7 +104,7 @@ class Bounded(Codec):
 
     def tile_steps(self, tensor: Tensor, plan: TilePlan) -> reference.Steps:
         """Bounds and steps of all tiles, `[num_tiles]`, or `[num_tiles, 128]` relative to channels."""
-        low, high, exponent_sum = _tile_statistics(tensor, plan)
+        low, high, exponent_sum = _tile_statistics(tensor, plan, ranges=self.relative)
         sampled = torch.from_numpy((-(-plan.tokens // 8) * plan.channels).astype(np.int64))
         return self.steps_from_statistics(low, high, exponent_sum, sampled, tensor.dtype)
 
@@ -154,9 +154,9 @@ class Bounded(Codec):
         )
 
 
-def _tile_statistics(tensor: Tensor, plan: TilePlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Smallest and largest finite value of each channel `[num_tiles, 128]` and exponent sums `[num_tiles]`, on the
-    CPU."""
+def _tile_statistics(tensor: Tensor, plan: TilePlan, ranges: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest and largest finite value of each channel `[num_tiles, 128]` (+inf and -inf if not asked for `ranges`)
+    and exponent sums `[num_tiles]`, on the CPU."""
     low = torch.full((plan.num_tiles, 128), torch.inf)
     high = torch.full((plan.num_tiles, 128), -torch.inf)
     exponent_sum = torch.zeros(plan.num_tiles, dtype=torch.int64)
@@ -164,9 +164,10 @@ def _tile_statistics(tensor: Tensor, plan: TilePlan) -> tuple[Tensor, Tensor, Te
     for tokens, channels, indices in plan.groups():
         for batch in np.split(indices, range(tiles.BATCH_TILES, len(indices), tiles.BATCH_TILES)):
             values = gather_tiles(bits, plan, batch, tokens, channels).view(tensor.dtype).float()
-            finite = values.isfinite()
             rows = torch.from_numpy(batch)
-            low[rows, :channels] = torch.where(finite, values, torch.inf).amin(1)
-            high[rows, :channels] = torch.where(finite, values, -torch.inf).amax(1)
+            if ranges:
+                finite = values.isfinite()
+                low[rows, :channels] = torch.where(finite, values, torch.inf).amin(1)
+                high[rows, :channels] = torch.where(finite, values, -torch.inf).amax(1)
             exponent_sum[rows] = (values[:, ::8].contiguous().view(torch.int32) >> 23 & 255).sum((1, 2))
     return low, high, exponent_sum

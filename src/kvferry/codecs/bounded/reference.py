@@ -50,11 +50,14 @@ def within(value: Tensor, delivered: Tensor, bound: Tensor) -> Tensor:
     """Whether |value - delivered| <= bound in exact arithmetic; float32. The difference's rounding error is computed
     exactly (D. Knuth, TAOCP vol. 2, 4.2.2, theorem B) and decides where the rounded difference equals the bound."""
     difference = value - delivered
-    part = difference - value
-    error = (value - (difference - part)) - (delivered + part)
     size = difference.abs()
-    tie = torch.where(difference > 0, error <= 0, error >= 0)
-    return (size < bound) | ((size == bound) & tie)
+    inside = size < bound
+    equal = size == bound
+    if bool(equal.any()):
+        part = difference - value
+        error = (value - (difference - part)) - (delivered + part)
+        inside |= equal & torch.where(difference > 0, error <= 0, error >= 0)
+    return inside
 
 
 def quantise(values: Tensor, bits: Tensor, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,17 +69,23 @@ def quantise(values: Tensor, bits: Tensor, steps: Steps) -> tuple[Tensor, Tensor
     guess = torch.where(usable, scaled.round(), 0.0)
     first = deliver(guess, step, values.dtype).float()
     good = within(x, first, bound)
-    # Rounding may have moved the nearest code's value away from x and its neighbour's towards it.
-    other = guess + torch.where(x > first, 1.0, -1.0)
-    other_good = within(x, deliver(other, step, values.dtype).float(), bound)
-    code = torch.where(~good & other_good & usable, other, guess)
+    code = guess.to(torch.int32)
+    # Rounding may have moved the nearest code's value away from x and its neighbour's towards it. Few values ask for
+    # it.
+    doubtful = (usable & ~good).nonzero(as_tuple=True)
+    near = x[doubtful]
+    other = guess[doubtful] + torch.where(near > first[doubtful], 1.0, -1.0)
+    their_step, their_bound = step.expand_as(x)[doubtful], bound.expand_as(x)[doubtful]
+    other_good = within(near, deliver(other, their_step, values.dtype).float(), their_bound)
+    code[doubtful] = torch.where(other_good, other, guess[doubtful]).to(torch.int32)
+    good[doubtful] = other_good
     mantissa = (1 << MANTISSA_BITS[values.dtype]) - 1
     top = 1 << (8 * values.element_size() - 1)
     word = bits.long() & (2 * top - 1)
     magnitude = word & (top - 1)
     special = (word == top) | ((magnitude <= mantissa) & (magnitude > 0))
-    exact = ~usable | ~(good | other_good) | special
-    return code.to(torch.int32), guess.to(torch.int32), exact
+    exact = ~usable | ~good | special
+    return code, guess.to(torch.int32), exact
 
 
 def difference(codes: Tensor, group_tokens: int) -> Tensor:

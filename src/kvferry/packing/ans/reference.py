@@ -21,7 +21,7 @@ def lanes_of(channels: int) -> tuple[int, int]:
 
 
 def pack(columns: Columns, layout: Layout, capacity: int) -> tuple[Tensor, Tensor]:
-    """Coded tiles: rows uint8 `[N, >= capacity]` and their sizes int64 `[N]` (those above `capacity` are cut off)."""
+    """Coded tiles: rows uint8 `[N, L]` and their sizes int64 `[N]` (rows above `capacity` are cut off)."""
     values = columns.values.long()
     n, tokens, _ = values.shape
     tables = family(layout.one_sided)
@@ -42,8 +42,9 @@ def pack(columns: Columns, layout: Layout, capacity: int) -> tuple[Tensor, Tenso
     class0, class_code, class_data, class_bytes = sections.pack_classes(scale_class, has_base, layout)
     low_data, low_bytes = dense.pack(low, shift[:, None], GROUP_TOKENS)
 
-    writer = RowWriter(n, max(capacity, sections.HEADER_BYTES), values.device)
-    writer.append(torch.zeros(n, sections.HEADER_BYTES, dtype=torch.uint8, device=values.device))
+    num_exact = exact.sum((1, 2))
+    writer = RowWriter(n, values.device)
+    writer.append(sections.tile_header(columns, layout, base_code, class_code, class0, num_words, num_exact, base0))
     writer.append(sections.little_endian(states, 4))
     writer.append(columns.planes.flatten(1))
     sections.append_steps(writer, columns, layout)
@@ -51,9 +52,8 @@ def pack(columns: Columns, layout: Layout, capacity: int) -> tuple[Tensor, Tenso
     writer.append(base_data, base_bytes)
     writer.append(low_data, low_bytes)
     writer.append(sections.little_endian(words, 2), 2 * num_words)
-    num_exact = sections.append_exact(writer, columns, exact, layout.itemsize)
-    sections.put_header(writer, columns, layout, base_code, class_code, class0, num_words, num_exact, base0)
-    return writer.data, writer.length
+    sections.append_exact(writer, columns, exact, layout.itemsize)
+    return writer.finish(capacity), writer.length
 
 
 def _choose(columns: Columns, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

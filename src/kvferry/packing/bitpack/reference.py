@@ -35,7 +35,7 @@ def _grouped(values: Tensor, fill: int) -> Tensor:
 
 
 def pack(columns: Columns, layout: Layout, capacity: int) -> tuple[Tensor, Tensor]:
-    """Coded tiles: rows uint8 `[N, >= capacity]` and their sizes int64 `[N]` (those above `capacity` are cut off)."""
+    """Coded tiles: rows uint8 `[N, L]` and their sizes int64 `[N]` (rows above `capacity` are cut off)."""
     values = columns.values.long()
     n, tokens, _ = values.shape
     base, width, has_base = _choose(values, layout)
@@ -46,18 +46,17 @@ def pack(columns: Columns, layout: Layout, capacity: int) -> tuple[Tensor, Tenso
     groups = -(-tokens // GROUP_TOKENS)
     low_data, low_bytes = dense.pack(unsigned, width.unflatten(1, (groups, -1)), GROUP_TOKENS)
 
-    writer = RowWriter(n, max(capacity, sections.HEADER_BYTES), values.device)
-    writer.append(torch.zeros(n, sections.HEADER_BYTES, dtype=torch.uint8, device=values.device))
+    num_exact = columns.exact.sum((1, 2))
+    num_words = torch.zeros_like(num_exact)
+    writer = RowWriter(n, values.device)
+    writer.append(sections.tile_header(columns, layout, base_code, class_code, class0, num_words, num_exact, base0))
     writer.append(columns.planes.flatten(1))
     sections.append_steps(writer, columns, layout)
     writer.append(class_data, class_bytes)
     writer.append(base_data, base_bytes)
     writer.append(low_data, low_bytes)
-    num_exact = sections.append_exact(writer, columns, columns.exact, layout.itemsize)
-    sections.put_header(
-        writer, columns, layout, base_code, class_code, class0, torch.zeros_like(num_exact), num_exact, base0
-    )
-    return writer.data, writer.length
+    sections.append_exact(writer, columns, columns.exact, layout.itemsize)
+    return writer.finish(capacity), writer.length
 
 
 def _choose(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
