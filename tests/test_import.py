@@ -39,6 +39,15 @@ for packing in ("ans", "bitpack"):
     assert kvferry.inspect(frame).ratio > 3
 store = kvferry.HostStore(1 << 20)
 assert not BLOCKED & {{name.partition(".")[0] for name in sys.modules}}
+
+from kvferry.codecs.checks import gpu_kernels
+
+try:
+    gpu_kernels()
+except ImportError as error:
+    assert "kvferry[gpu]" in str(error) and "blocked" in str(error)
+else:
+    raise SystemExit("the GPU kernels could be imported without Triton")
 print("works")
 """
 BLOCKED = {"triton", "cuda", "transformers", "vllm", "matplotlib", "typer", "rich", "safetensors", "hypothesis"}

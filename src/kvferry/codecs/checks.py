@@ -1,6 +1,7 @@
-"""Parameter checks with an error that names the value and the remedy."""
+"""Checks with an error that names the value and the remedy."""
 
 from collections.abc import Iterable
+from types import ModuleType
 
 from kvferry.errors import CorruptFrame
 
@@ -13,3 +14,14 @@ def one_of(name: str, value: object, options: Iterable[str], *, corrupt: bool = 
     if corrupt:
         raise CorruptFrame(f"the frame's {name} {value!r} does not go with its codec")
     raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, options))}")
+
+
+def gpu_kernels() -> ModuleType:
+    """`kvferry.codecs.fused`. Raises `ImportError` naming the remedy where Triton or the CUDA bindings are missing."""
+    try:
+        from kvferry.codecs import fused
+    except ImportError as error:
+        raise ImportError(
+            f"a CUDA tensor needs the GPU kernels ({error}); pip install 'kvferry[gpu]', or use a CPU tensor"
+        ) from error
+    return fused

@@ -13,7 +13,7 @@ from kvferry.codecs import tiles
 from kvferry.codecs.base import Codec, Encoded
 from kvferry.codecs.bounded import reference
 from kvferry.codecs.bounded.steps import bound_from_range, round_down, step_from_bound
-from kvferry.codecs.checks import one_of
+from kvferry.codecs.checks import gpu_kernels, one_of
 from kvferry.codecs.tiling import TilePlan, count_tiles, gather_tiles, plan_tensor
 from kvferry.format.frame import GROUPINGS, Frame, FrameHeader
 from kvferry.packing import PACKERS
@@ -67,9 +67,7 @@ class Bounded(Codec):
     def encode(self, tensor: Tensor) -> Encoded:
         target, plan = plan_tensor(tensor, self.flat)
         if tensor.is_cuda:
-            from kvferry.codecs import fused
-
-            return Encoded(*fused.encode_bounded(target, plan, self, self._header))
+            return Encoded(*gpu_kernels().encode_bounded(target, plan, self, self._header))
         steps = self.tile_steps(target, plan)
         channel_steps = self._bound_kind == "channel"
         layout = reference.layout(tensor.dtype, self.mode, channel_steps)
@@ -139,9 +137,8 @@ class Bounded(Codec):
         one_of("mode", header.mode, reference.BASES, corrupt=True)
         one_of("packing", header.packing, PACKERS, corrupt=True)
         if out.is_cuda:
-            from kvferry.codecs import fused
-
-            return fused.decode_bounded(frame, out)
+            gpu_kernels().decode_bounded(frame, out)
+            return
         layout = reference.layout(header.dtype, header.mode, header.relative_to == "channel")
         packer = PACKERS[header.packing]
         tiles.decode_tiles(

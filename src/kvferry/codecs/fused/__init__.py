@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from kvferry.codecs.bounded.reference import Steps
+from kvferry.codecs.fused import ans, bitpack
+from kvferry.codecs.fused.compaction import compact
 from kvferry.codecs.fused.plan import DevicePlan
+from kvferry.codecs.fused.stats import tile_stats
 from kvferry.codecs.tiles import tile_directory
 from kvferry.codecs.tiling import TilePlan, plan_tensor
 from kvferry.errors import CorruptFrame
@@ -25,23 +28,14 @@ SLAB_TILES = 8192
 """Tiles encoded at once: bounds the scratch (about 50 KiB a tile), and is still far more than a GPU runs at a time."""
 
 
-def _slabs(plan: DevicePlan) -> list[tuple[slice, DevicePlan]]:
-    return [(part, plan.rows(part)) for part in _ranges(plan.num_tiles)]
-
-
-def _ranges(num_tiles: int) -> list[slice]:
-    return [slice(start, min(start + SLAB_TILES, num_tiles)) for start in range(0, num_tiles, SLAB_TILES)]
-
-
 def _collect(
     plan: DevicePlan, encode: Callable[[slice, DevicePlan], tuple[Tensor, Tensor]]
 ) -> tuple[np.ndarray, Tensor]:
     """Sizes int64 and payload uint8 on the CPU of all tiles, encoded slab by slab."""
-    from kvferry.codecs.fused.compaction import compact
-
     sizes, payloads = [np.zeros(0, dtype=np.int64)], [torch.empty(0, dtype=torch.uint8)]
-    for part, mine in _slabs(plan):
-        scratch, lengths = encode(part, mine)
+    for start in range(0, plan.num_tiles, SLAB_TILES):
+        part = slice(start, start + SLAB_TILES)
+        scratch, lengths = encode(part, plan.rows(part))
         payloads.append(compact(scratch, lengths)[0].cpu())
         sizes.append(lengths.cpu().numpy().astype(np.int64))
     return np.concatenate(sizes), torch.cat(payloads)
@@ -58,11 +52,7 @@ def encode_bounded(
         def encode(part: slice, mine: DevicePlan) -> tuple[Tensor, Tensor]:
             own = Steps(steps.step[part], steps.inverse[part], steps.bound[part])
             if codec.packing == "ans":
-                from kvferry.codecs.fused import ans
-
                 return ans.encode_bounded(tensor, mine, own, codec.mode)
-            from kvferry.codecs.fused import bitpack
-
             return bitpack.encode_bounded(
                 tensor, mine, own.step, own.inverse, own.bound, mode=codec.mode, channel_steps=own.step.dim() == 2
             )
@@ -74,8 +64,6 @@ def encode_bounded(
 
 def bounded_steps(tensor: Tensor, plan: DevicePlan, codec: "Bounded") -> Steps:
     """Bounds and steps of all tiles, on the device, by the arithmetic of the reference."""
-    from kvferry.codecs.fused.stats import tile_stats
-
     stats = tile_stats(tensor, plan, ranges=codec.relative)
     sampled = ((plan.tokens + 7) // 8 * plan.channels).long()
     return codec.steps_from_statistics(stats.minimum, stats.maximum, stats.exponent_sum, sampled, tensor.dtype)
@@ -83,18 +71,9 @@ def bounded_steps(tensor: Tensor, plan: DevicePlan, codec: "Bounded") -> Steps:
 
 def encode_lossless(tensor: Tensor, plan: TilePlan, packing: str) -> tuple[np.ndarray, Tensor]:
     """(sizes, payload) of a CUDA tensor."""
-
-    def encode(_: slice, mine: DevicePlan) -> tuple[Tensor, Tensor]:
-        if packing == "ans":
-            from kvferry.codecs.fused import ans
-
-            return ans.encode_lossless(tensor, mine)
-        from kvferry.codecs.fused import bitpack
-
-        return bitpack.encode_lossless(tensor, mine)
-
+    encode = ans.encode_lossless if packing == "ans" else bitpack.encode_lossless
     with torch.cuda.device(tensor.device):
-        return _collect(DevicePlan.of(plan, tensor.device), encode)
+        return _collect(DevicePlan.of(plan, tensor.device), lambda _, mine: encode(tensor, mine))
 
 
 def _decode(frame: Frame, out: Tensor, mode: str | None) -> None:
@@ -110,18 +89,12 @@ def _decode(frame: Frame, out: Tensor, mode: str | None) -> None:
         starts_dev, sizes_dev = torch.from_numpy(starts).to(out.device), torch.from_numpy(sizes).int().to(out.device)
         status = torch.ones(len(sizes), dtype=torch.int32, device=out.device)
         if header.packing == "ans":
-            from kvferry.codecs.fused import ans
-
             ans.decode(
                 payload, starts_dev, sizes_dev, target, on_device, status, mode=mode, channel_steps=channel_steps
             )
         elif mode is None:
-            from kvferry.codecs.fused import bitpack
-
             bitpack.decode_lossless(payload, starts_dev, sizes_dev, target, on_device, status=status)
         else:
-            from kvferry.codecs.fused import bitpack
-
             bitpack.decode_bounded(
                 payload, starts_dev, sizes_dev, target, on_device, mode=mode, channel_steps=channel_steps, status=status
             )

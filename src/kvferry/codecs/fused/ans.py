@@ -35,6 +35,12 @@ class _Shape:
 SHAPES = {"kvf_encode": _Shape(8, 3), "kvf_decode": _Shape(16, 2)}
 
 
+PARTS = {
+    "kvf_encode": ("ans_common.cu", "ans_choose.cu", "ans_encode.cu"),
+    "kvf_decode": ("ans_common.cu", "ans_decode.cu"),
+}
+
+
 class _Source(ctypes.Structure):
     """`Source` of ans_common.cu."""
 
@@ -64,8 +70,7 @@ class _Source(ctypes.Structure):
 def source_text(kernel: str) -> str:
     """CUDA C++ of `kernel`, "kvf_encode" or "kvf_decode"."""
     folder = files(__package__)
-    parts = ("ans_common.cu", f"ans_{kernel.removeprefix('kvf_')}.cu")
-    return "".join(folder.joinpath(part).read_text() for part in parts)
+    return "".join(folder.joinpath(part).read_text() for part in PARTS[kernel])
 
 
 def defines(kernel: str, dtype: torch.dtype, mode: str | None, channel_steps: bool) -> dict[str, int]:

@@ -1,4 +1,4 @@
-// What the encoder and the decoder of `ans` tiles share (ans_encode.cu, ans_decode.cu are compiled behind this text).
+// What the encoder and the decoder of `ans` tiles share (ans_choose.cu, ans_encode.cu, ans_decode.cu are compiled behind this text).
 //
 // docs/format.md is the contract, packing/ans/reference.py the truth: both make the same bytes. One warp codes one tile. Lane l
 // owns channels l*CPL .. l*CPL+CPL-1, so a token's row is read with one vector load a lane, and the 32 lanes are the 32

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvferry.blocks import FLOAT_DTYPES, FP8_DTYPES, BlockSpec
 from kvferry.codecs import tiles
 from kvferry.codecs.base import Codec, Encoded
-from kvferry.codecs.checks import one_of
+from kvferry.codecs.checks import gpu_kernels, one_of
 from kvferry.codecs.lossless.reference import SPLITS, to_bits, to_columns
 from kvferry.codecs.tiling import count_tiles, plan_tensor
 from kvferry.format.frame import Frame, FrameHeader
@@ -40,9 +40,7 @@ class Lossless(Codec):
         target, plan = plan_tensor(tensor, flat=False)
         split = SPLITS[tensor.dtype]
         if tensor.is_cuda:
-            from kvferry.codecs import fused
-
-            return Encoded(header, *fused.encode_lossless(target, plan, self.packing))
+            return Encoded(header, *gpu_kernels().encode_lossless(target, plan, self.packing))
         coded = tiles.encode_tiles(
             target, plan, split.layout(), PACKERS[self.packing], lambda bits, _: to_columns(bits, split)
         )
@@ -57,8 +55,7 @@ class Lossless(Codec):
         split = SPLITS[frame.header.dtype]
         one_of("packing", frame.header.packing, PACKERS, corrupt=True)
         if out.is_cuda:
-            from kvferry.codecs import fused
-
-            return fused.decode_lossless(frame, out)
+            gpu_kernels().decode_lossless(frame, out)
+            return
         packer = PACKERS[frame.header.packing]
         tiles.decode_tiles(frame, False, split.layout(), packer, lambda decoded: to_bits(decoded, split), out)
