@@ -46,7 +46,7 @@ def encode_bounded(
 ) -> tuple[FrameHeader, np.ndarray, Tensor]:
     """(header, sizes, payload) of a CUDA tensor."""
     on_device = DevicePlan.of(plan, tensor.device)
-    with torch.cuda.device(tensor.device):
+    with torch.cuda.device_of(tensor):
         steps = bounded_steps(tensor, on_device, codec)
 
         def encode(part: slice, mine: DevicePlan) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def bounded_steps(tensor: Tensor, plan: DevicePlan, codec: "Bounded") -> Steps:
 def encode_lossless(tensor: Tensor, plan: TilePlan, packing: str) -> tuple[np.ndarray, Tensor]:
     """(sizes, payload) of a CUDA tensor."""
     encode = ans.encode_lossless if packing == "ans" else bitpack.encode_lossless
-    with torch.cuda.device(tensor.device):
+    with torch.cuda.device_of(tensor):
         return _collect(DevicePlan.of(plan, tensor.device), lambda _, mine: encode(tensor, mine))
 
 
@@ -83,7 +83,7 @@ def _decode(frame: Frame, out: Tensor, mode: str | None) -> None:
         return
     target, plan = plan_tensor(out, header.grouping == "flat")
     channel_steps = header.relative_to == "channel"
-    with torch.cuda.device(out.device):
+    with torch.cuda.device_of(out):
         on_device = DevicePlan.of(plan, out.device)
         payload = torch.frombuffer(bytearray(frame.payload), dtype=torch.uint8).to(out.device)
         starts_dev, sizes_dev = torch.from_numpy(starts).to(out.device), torch.from_numpy(sizes).int().to(out.device)
