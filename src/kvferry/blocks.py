@@ -8,6 +8,14 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+MANTISSA_BITS = {
+    torch.bfloat16: 7,
+    torch.float16: 10,
+    torch.float32: 23,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 2,
+}
+"""Stored mantissa bits; one more is the sign, the others are the exponent."""
 BIT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """The integer dtype that shows the bits of a value of so many bytes."""
 

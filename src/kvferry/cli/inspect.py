@@ -20,8 +20,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="A file with one frame, as
         grid = Table(show_header=False, show_edge=False, pad_edge=False, box=None)
         for field in fields(info):
             grid.add_row(field.name.replace("_", " "), _text(getattr(info, field.name)))
-        if "ratio" not in {field.name for field in fields(info)}:
-            grid.add_row("ratio", f"{info.ratio:.3f}")
+        grid.add_row("ratio", f"{info.ratio:.3f}")
         Console().print(grid)
 
 

@@ -41,13 +41,24 @@ class TilePlan:
         return np.asarray(4 + (values * itemsize + 3) // 4 * 4)
 
 
+def _segment_width(channels: int) -> int:
+    """Channels of each segment of a row but perhaps the last; `channels` > 0."""
+    count = -(-channels // TILE_CHANNELS)
+    return min(TILE_CHANNELS, -(-(-(-channels // count)) // 16) * 16)
+
+
 def channel_segments(channels: int) -> list[tuple[int, int]]:
     """`(first channel, width)` of each segment of a row of `channels`."""
     if channels == 0:
         return []
-    count = -(-channels // TILE_CHANNELS)
-    width = min(TILE_CHANNELS, -(-(-(-channels // count)) // 16) * 16)
+    width = _segment_width(channels)
     return [(start, min(width, channels - start)) for start in range(0, channels, width)]
+
+
+def _flat_parts(num_values: int) -> tuple[int, int, int]:
+    """(whole tiles, whole columns behind them, values behind those)."""
+    whole, rest = divmod(num_values, TILE_VALUES)
+    return whole, *divmod(rest, TILE_TOKENS)
 
 
 def _row_offsets(shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
@@ -78,8 +89,7 @@ def token_plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> TilePlan:
 
 def flat_plan(num_values: int) -> TilePlan:
     """Tiles of `num_values` values that lie one after another: columns of 64 consecutive values."""
-    whole, rest = divmod(num_values, TILE_VALUES)
-    columns, tail = divmod(rest, TILE_TOKENS)
+    whole, columns, tail = _flat_parts(num_values)
     full = np.arange(whole, dtype=np.int64) * TILE_VALUES
     parts = [(full, np.full(whole, TILE_TOKENS), np.full(whole, TILE_CHANNELS))]
     start = whole * TILE_VALUES
@@ -95,12 +105,9 @@ def count_tiles(shape: tuple[int, ...], flat: bool) -> int:
     if prod(shape) == 0:
         return 0
     if flat or len(shape) < 2:
-        whole, rest = divmod(prod(shape), TILE_VALUES)
-        columns, tail = divmod(rest, TILE_TOKENS)
+        whole, columns, tail = _flat_parts(prod(shape))
         return whole + bool(columns) + bool(tail)
-    count = -(-shape[-1] // TILE_CHANNELS)
-    width = min(TILE_CHANNELS, -(-(-(-shape[-1] // count)) // 16) * 16)
-    return prod(shape[:-2]) * -(-shape[-2] // TILE_TOKENS) * -(-shape[-1] // width)
+    return prod(shape[:-2]) * -(-shape[-2] // TILE_TOKENS) * -(-shape[-1] // _segment_width(shape[-1]))
 
 
 def plan_tensor(tensor: Tensor, flat: bool) -> tuple[Tensor, TilePlan]:

@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +119,5 @@ def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int = 0) -> 
     return Kernel(function, device)
 
 
-@cache
-def is_available() -> bool:
-    """Whether NVRTC and the bindings can be imported (a GPU is not asked for)."""
-    try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
-
-        return int(nvrtc.nvrtcVersion()[0]) == 0
-    except (ImportError, OSError, RuntimeError):
-        return False
-
-
-POINTER, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+POINTER, I64 = ctypes.c_void_p, ctypes.c_int64
 """Argument types for `Kernel.launch`."""

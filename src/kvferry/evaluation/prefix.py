@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from kvferry.blocks import as_bits
 from kvferry.evaluation.results import SchemeResult
 from kvferry.evaluation.schemes import Scheme
 from kvferry.store import HostStore
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCORE_ROWS = 128  # tokens whose log-probabilities over the vocabulary are in float64 at once
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,7 @@ def largest_error(original: Tensor, restored: Tensor) -> float:
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one shape and dtype agree bit for bit (NaN equals NaN, 0 differs from -0)."""
-    as_bits = BITS[left.element_size()]
-    return torch.equal(left.contiguous().view(as_bits), right.contiguous().view(as_bits))
+    return torch.equal(as_bits(left.contiguous()), as_bits(right.contiguous()))
 
 
 @torch.inference_mode()

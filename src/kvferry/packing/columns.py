@@ -40,9 +40,8 @@ class Columns:
 
     `values` int32 `[N, T, C]`; `estimate` int32, what statistics are taken from (the quantiser's first guess; `values`
     where there is no better); `planes` uint8 `[N, P, T, C]`; `exact` bool `[N, T, C]`, the values to store in their own
-    bits;
-    `bits` the original bit patterns, any integer dtype `[N, T, C]`; `step` float32 `[N]`, or `[N, C]` with channel
-    steps.
+    bits; `bits` the original bit patterns, any integer dtype `[N, T, C]`; `step` float32 `[N]`, or `[N, C]` with
+    channel steps.
     """
 
     values: Tensor

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvferry.blocks import BIT_DTYPES
+from kvferry.blocks import BIT_DTYPES, FLOAT_DTYPES
+from kvferry.blocks import MANTISSA_BITS as ALL_MANTISSA_BITS
 from kvferry.packing.columns import Bases, Columns, Decoded, Layout, empty_planes
 
 LARGEST_CODE = 1 << 22
 """|x/step| from which float32 arithmetic no longer tells neighbouring codes apart."""
 BASES = {"fixed": Bases.ALL, "plain": Bases.NONE, "outlier": Bases.APART}
-MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+MANTISSA_BITS = {dtype: ALL_MANTISSA_BITS[dtype] for dtype in FLOAT_DTYPES}
 
 
 @dataclass(frozen=True)

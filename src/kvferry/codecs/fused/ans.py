@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvferry.blocks import as_bits
+from kvferry.blocks import FLOAT_DTYPES, as_bits
 from kvferry.codecs.bounded.reference import BASES as MODE_BASES
-from kvferry.codecs.bounded.reference import MANTISSA_BITS, Steps
+from kvferry.codecs.bounded.reference import Steps
 from kvferry.codecs.fused.plan import DevicePlan
 from kvferry.codecs.lossless.reference import SPLITS
 from kvferry.codecs.tiling import TILE_VALUES
@@ -197,7 +197,7 @@ def _encode(src: Tensor, plan: DevicePlan, steps: Steps | None, mode: str | None
 
 def encode_bounded(src: Tensor, plan: DevicePlan, steps: Steps, mode: str) -> tuple[Tensor, Tensor]:
     """Tiles of `src` (CUDA, bf16, fp16 or fp32): rows uint8 `[N, row_bytes]` and sizes int32 `[N]`, on the device."""
-    if src.dtype not in MANTISSA_BITS:
+    if src.dtype not in FLOAT_DTYPES:
         raise TypeError(f"no bounded kernel for {src.dtype}")
     return _encode(src, plan, steps, mode)
 

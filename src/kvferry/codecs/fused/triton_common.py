@@ -8,12 +8,12 @@ registers as soon as a few intermediate results live at once. (Unrolling over ve
 but Triton's coalescing pass is more than quadratic in the operations and took a minute per kernel.)
 """
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kvferry.blocks import FLOAT_DTYPES, as_bits
+from kvferry.codecs.lossless.reference import SPLITS, Split
 
 LANES = tl.constexpr(256)
 LANE_CHANNELS = tl.constexpr(128)
@@ -27,33 +27,11 @@ ENCODE_REGISTERS = 128
 one; at 80, for three, it spills some 50 registers."""
 
 
-@dataclass(frozen=True)
-class ValueLayout:
-    """Fields of a floating-point dtype; `planes` are the byte planes that `lossless` makes of sign and mantissa."""
-
-    itemsize: int
-    exponent_bits: int
-    mantissa_bits: int
-    planes: int
-    integer: torch.dtype
-
-
-VALUE_LAYOUTS = {
-    torch.bfloat16: ValueLayout(2, 8, 7, 1, torch.int16),
-    torch.float16: ValueLayout(2, 5, 10, 1, torch.int16),
-    torch.float32: ValueLayout(4, 8, 23, 3, torch.int32),
-    torch.float8_e4m3fn: ValueLayout(1, 4, 3, 0, torch.uint8),
-    torch.float8_e5m2: ValueLayout(1, 5, 2, 0, torch.uint8),
-}
-BOUNDED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def value_layout(tensor: Tensor, bounded: bool) -> tuple[ValueLayout, Tensor]:
-    """Layout of the tensor's dtype, and the tensor's bits as integers. `bounded` codes no 8-bit floats."""
-    if tensor.dtype not in VALUE_LAYOUTS or (bounded and tensor.dtype not in BOUNDED_DTYPES):
+def value_layout(tensor: Tensor, bounded: bool) -> tuple[Split, Tensor]:
+    """Fields of the tensor's dtype, and the tensor's bits as integers. `bounded` codes no 8-bit floats."""
+    if tensor.dtype not in (FLOAT_DTYPES if bounded else SPLITS):
         raise TypeError(f"the fused {'bounded' if bounded else 'lossless'} kernels do not take {tensor.dtype}")
-    layout = VALUE_LAYOUTS[tensor.dtype]
-    return layout, tensor.view(layout.integer)
+    return SPLITS[tensor.dtype], as_bits(tensor)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvferry.blocks import BIT_DTYPES
+from kvferry.blocks import BIT_DTYPES, MANTISSA_BITS
 from kvferry.packing.columns import Bases, Columns, Decoded, Layout
 
 
@@ -39,13 +39,7 @@ class Split:
         return Layout(self.itemsize, Bases.ALL, one_sided=True, planes=self.planes, low_bits=self.low_bits)
 
 
-SPLITS = {
-    torch.bfloat16: Split(8, 7),
-    torch.float16: Split(5, 10),
-    torch.float32: Split(8, 23),
-    torch.float8_e4m3fn: Split(4, 3),
-    torch.float8_e5m2: Split(5, 2),
-}
+SPLITS = {dtype: Split(8 * dtype.itemsize - 1 - mantissa, mantissa) for dtype, mantissa in MANTISSA_BITS.items()}
 
 
 def to_columns(bits: Tensor, split: Split) -> Columns:
