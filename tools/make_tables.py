@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-PROB_SCALE = 1024
+PROB_SCALE = 256
 TOKENS = 64
 CHANNELS = 400_000
 MAX_RADIUS = 31
@@ -23,8 +23,8 @@ NUM_TWO_SIDED = 17
 NUM_ONE_SIDED = 16
 ONE_SIDED_SYMBOLS = 16
 # A symbol left out costs 48 bits each time it occurs (position and value, plus what is coded in its place); one kept
-# costs the others log2(1024/1023) = 0.0014 bits. So symbols rarer than this are left out.
-KEEP_PROBABILITY = 0.0014 / 40
+# costs all others log2(256/255) = 0.0056 bits. So symbols rarer than about 0.0056/40 are left out.
+LEFT_OUT_BITS = 48.0
 PATH = Path(__file__).parents[1] / "src/kvferry/packing/ans/tables.json"
 
 
@@ -37,19 +37,48 @@ def noise(rng: np.random.Generator, channels: int) -> np.ndarray:
     return np.concatenate([gauss, laplace])
 
 
-def normalise(counts: np.ndarray) -> list[int]:
-    """Integer frequencies that sum to PROB_SCALE: symbols too rare to keep get 0, every kept one at least 1."""
-    prob = counts / counts.sum()
-    freq = np.where(prob >= KEEP_PROBABILITY, np.maximum(np.rint(prob * PROB_SCALE), 1), 0).astype(np.int64)
-    while (excess := int(freq.sum()) - PROB_SCALE) != 0:
-        # Take from (or give to) the symbol that loses least by it, one count at a time.
-        step = -1 if excess > 0 else 1
-        movable = freq + step >= 1
-        cost = np.where(
-            movable & (freq > 0), prob * np.abs(np.log2(np.maximum(freq, 1) / np.maximum(freq + step, 1))), np.inf
-        )
-        freq[int(np.argmin(cost)) if excess > 0 else int(np.argmax(np.where(np.isfinite(cost), cost, -1)))] += step
-    return [int(f) for f in freq]
+def divides_exactly(freq: int) -> bool:
+    """Whether the encoder's division by `freq` can be one 32-bit multiplication: the reciprocal's error times the
+    bound of the states that it divides (freq * 2**24) must not reach the quotient's last bit."""
+    if freq == 1:
+        return True
+    bits = (freq - 1).bit_length()
+    reciprocal = ((1 << (bits + 31)) + freq - 1) // freq
+    return (reciprocal * freq - (1 << (bits + 31))) * min(freq << 24, 1 << 32) < 1 << (bits + 31)
+
+
+# Bits that a symbol of each frequency costs; infinite where the encoder could not divide.
+BITS = np.array(
+    [np.inf] + [np.log2(PROB_SCALE / f) if divides_exactly(f) else np.inf for f in range(1, PROB_SCALE + 1)]
+)
+
+
+def best_frequencies(prob: np.ndarray, copies: list[int]) -> list[int]:
+    """The frequencies that code symbols of probability `prob` in the fewest bits, exactly: all of the first n symbols
+    get one, and those behind them, left out, cost LEFT_OUT_BITS. `copies[i]` symbols share entry i (2 for a symbol on
+    both sides of 0): the frequencies, each as often, sum to PROB_SCALE."""
+    # cost[s]: the first i symbols with frequencies that sum to s; chosen[i][s]: that of the last of them.
+    cost = np.full(PROB_SCALE + 1, np.inf)
+    cost[0] = 0.0
+    chosen: list[np.ndarray] = []
+    best, best_count = np.inf, 0
+    for i, p in enumerate(prob):
+        previous, cost, choice = cost, np.full(PROB_SCALE + 1, np.inf), np.zeros(PROB_SCALE + 1, dtype=np.int64)
+        for f in (f for f in range(1, PROB_SCALE // copies[i] + 1) if np.isfinite(BITS[f])):
+            room = PROB_SCALE + 1 - f * copies[i]
+            total = previous[:room] + p * BITS[f]
+            better = total < cost[f * copies[i] :]
+            cost[f * copies[i] :][better] = total[better]
+            choice[f * copies[i] :][better] = f
+        chosen.append(choice)
+        whole = cost[PROB_SCALE] + prob[i + 1 :].sum() * LEFT_OUT_BITS
+        if whole < best:
+            best, best_count = float(whole), i + 1
+    left, freq = PROB_SCALE, []
+    for i in range(best_count - 1, -1, -1):
+        freq.append(int(chosen[i][left]))
+        left -= freq[-1] * copies[i]
+    return freq[::-1]
 
 
 def two_sided() -> list[list[int]]:
@@ -71,30 +100,11 @@ def two_sided() -> list[list[int]]:
         flat = (index * (2 * MAX_RADIUS + 1) + residual + MAX_RADIUS)[keep]
         counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
     for row in counts[1:]:
-        freq = normalise(row + row[::-1])
-        radius = max(abs(i - MAX_RADIUS) for i, f in enumerate(freq) if f)
-        freq = freq[MAX_RADIUS - radius : MAX_RADIUS + radius + 1]
-        tables.append(symmetric(freq))
+        prob = (row + row[::-1])[MAX_RADIUS:] / row.sum()
+        prob[0] /= 2
+        middle, *side = best_frequencies(prob, [1] + [2] * MAX_RADIUS)
+        tables.append([*side[::-1], middle, *side])
     return tables
-
-
-def symmetric(freq: list[int]) -> list[int]:
-    """The same table with equal frequencies left and right of 0 and none inside the range absent."""
-    radius = len(freq) // 2
-    side = [max(1, (freq[radius - i] + freq[radius + i]) // 2) for i in range(1, radius + 1)]
-    while not divides_exactly(PROB_SCALE - 2 * sum(side)):
-        side[0] += 1
-    return [*side[::-1], PROB_SCALE - 2 * sum(side), *side]
-
-
-def divides_exactly(freq: int) -> bool:
-    """Whether the encoder's division by `freq` can be one 32-bit multiplication: the reciprocal's error times the
-    largest state before a symbol is coded (freq * 2**22) must not reach the quotient's last bit."""
-    if freq == 1:
-        return True
-    bits = (freq - 1).bit_length()
-    reciprocal = ((1 << (bits + 31)) + freq - 1) // freq
-    return (reciprocal * freq - (1 << (bits + 31))) * min(freq << 22, 1 << 32) < 1 << (bits + 31)
 
 
 def one_sided() -> list[list[int]]:
@@ -110,14 +120,7 @@ def one_sided() -> list[list[int]]:
         index = np.minimum(5 * symbol.sum(1, keepdims=True) // TOKENS, NUM_ONE_SIDED - 1)
         keep = symbol < ONE_SIDED_SYMBOLS
         counts += np.bincount((index * ONE_SIDED_SYMBOLS + symbol)[keep], minlength=counts.size).reshape(counts.shape)
-    tables = []
-    for row in counts:
-        freq = normalise(row)
-        last = max(i for i, f in enumerate(freq) if f)
-        side = [max(1, f) for f in freq[: last + 1]]
-        side[int(np.argmax(side))] += PROB_SCALE - sum(side)
-        tables.append(side)
-    return tables
+    return [best_frequencies(row / row.sum(), [1] * ONE_SIDED_SYMBOLS) for row in counts]
 
 
 def main(write: Annotated[bool, typer.Option(help="Replace the committed tables.")] = False) -> None:

@@ -8,7 +8,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-PROB_BITS = 10
+PROB_BITS = 8
 PROB_SCALE = 1 << PROB_BITS
 STATE_LOW = 1 << 16
 MAX_CLASS = 120
@@ -21,8 +21,7 @@ class Tables:
     """One family. Symbol s of table c is column `s + origin[c]` of `freq` and `cum`.
 
     `freq`, `cum` int64 `[tables, 64]` (freq 0 where there is no symbol); `origin`, `size` int64 `[tables]`; by slot,
-    int64
-    `[tables, 1024]`: `symbol`, `slot_freq`, `slot_bias` (slot - cum).
+    int64 `[tables, 256]`: `symbol`, `slot_freq`, `slot_bias` (slot - cum).
     """
 
     freq: Tensor
