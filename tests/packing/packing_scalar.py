@@ -57,23 +57,24 @@ def decode_symbols(
     per_lane = -(-channels // 32)
     pending = iter(words)
     symbols = [[0] * channels for _ in range(tokens)]
-    for t in range(tokens):
-        for k in range(per_lane):
-            for lane in range(len(states)):
+    steps = [(t, k) for t in range(tokens) for k in range(per_lane)]
+    for i in range(0, len(steps), 2):
+        for lane in range(len(states)):
+            x = states[lane]
+            for t, k in steps[i : i + 2]:
                 c = lane * per_lane + k
                 if c >= channels:
                     continue
                 freqs, first = tables[c]
-                x = states[lane]
-                slot, cum, i = x & 1023, 0, 0
-                while cum + freqs[i] <= slot:
-                    cum += freqs[i]
-                    i += 1
-                x = freqs[i] * (x >> 10) + slot - cum
-                if x < 1 << 16:
-                    x = x << 16 | next(pending)
-                states[lane] = x
-                symbols[t][c] = first + i
+                slot, cum, column = x & 255, 0, 0
+                while cum + freqs[column] <= slot:
+                    cum += freqs[column]
+                    column += 1
+                x = freqs[column] * (x >> 8) + slot - cum
+                symbols[t][c] = first + column
+            if x < 1 << 16:
+                x = x << 16 | next(pending)
+            states[lane] = x
     assert all(x == 1 << 16 for x in states)
     assert next(pending, None) is None
     return symbols

@@ -90,30 +90,30 @@ def _half(shift: Tensor, layout: Layout) -> Tensor:
     return torch.zeros_like(shift) if layout.one_sided else (1 << shift) >> 1
 
 
-def _by_step(values: Tensor, fill: int) -> Tensor:
-    """`[N, T, C]` in coding order: `[steps, N, A]`, `fill` where a lane has no channel."""
+def _by_pair(values: Tensor, fill: int) -> Tensor:
+    """`[N, T, C]` in coding order: `[pairs, 2, N, A]`, `fill` where a lane has no channel or a pair no second step."""
     n, tokens, channels = values.shape
     per_lane, lanes = lanes_of(channels)
     padded = torch.nn.functional.pad(values, (0, per_lane * lanes - channels), value=fill)
-    return (
-        padded.reshape(n, tokens, lanes, per_lane).permute(1, 3, 0, 2).reshape(tokens * per_lane, n, lanes).contiguous()
-    )
+    steps = padded.reshape(n, tokens, lanes, per_lane).permute(1, 3, 0, 2).reshape(tokens * per_lane, n, lanes)
+    steps = torch.nn.functional.pad(steps, (0, 0, 0, 0, 0, len(steps) % 2), value=fill)
+    return steps.reshape(-1, 2, n, lanes).contiguous()
 
 
 def _encode(freq: Tensor, cum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """rANS over symbols given by frequency and cumulative frequency `[N, T, C]`: states `[N, A]`, words `[N, most]`,
     counts."""
-    freq, cum = _by_step(freq, PROB_SCALE), _by_step(cum, 0)  # a whole-range symbol leaves the state as it is
-    state = torch.full_like(freq[0], STATE_LOW)
-    emitted = torch.zeros_like(freq)
-    needed = torch.zeros_like(freq, dtype=torch.bool)
-    for step in range(len(freq) - 1, -1, -1):
-        f = freq[step]
-        full = state >= f << (32 - PROB_BITS)
-        needed[step], emitted[step] = full, state & 0xFFFF
+    freq, cum = _by_pair(freq, PROB_SCALE), _by_pair(cum, 0)  # a whole-range symbol leaves the state as it is
+    state = torch.full_like(freq[0, 0], STATE_LOW)
+    emitted = torch.zeros_like(freq[:, 0])
+    needed = torch.zeros_like(emitted, dtype=torch.bool)
+    for pair in range(len(freq) - 1, -1, -1):
+        full = state >> 16 >= freq[pair, 0] * freq[pair, 1]
+        needed[pair], emitted[pair] = full, state & 0xFFFF
         state = torch.where(full, state >> 16, state)
-        quotient = torch.div(state, f, rounding_mode="trunc")
-        state = (quotient << PROB_BITS) + (state - quotient * f) + cum[step]
+        for f, c in ((freq[pair, 1], cum[pair, 1]), (freq[pair, 0], cum[pair, 0])):
+            quotient = torch.div(state, f, rounding_mode="trunc")
+            state = (quotient << PROB_BITS) + (state - quotient * f) + c
     words, count = sections.select(emitted.transpose(0, 1).flatten(1), needed.transpose(0, 1).flatten(1))
     return state, words, count
 
@@ -152,19 +152,25 @@ def _decode(
     tables = family(one_sided)
     n, channels = table.shape
     per_lane, lanes = lanes_of(channels)
-    active = _by_step(torch.ones(n, 1, channels, dtype=torch.int64), 0).bool()
-    row = _by_step(table[:, None], 0) * PROB_SCALE
-    symbol_of, freq_of, bias_of = tables.symbol.flatten(), tables.slot_freq.flatten(), tables.slot_bias.flatten()
+    # Behind the family's tables, one of a single symbol with the whole range: what a lane without a channel decodes.
+    padded = torch.nn.functional.pad(table, (0, per_lane * lanes - channels), value=tables.count)
+    row = padded.reshape(n, lanes, per_lane).permute(2, 0, 1) * PROB_SCALE
+    slot = torch.arange(PROB_SCALE)
+    symbol_of = torch.cat([tables.symbol.flatten(), torch.zeros_like(slot)])
+    freq_of = torch.cat([tables.slot_freq.flatten(), torch.full_like(slot, PROB_SCALE)])
+    bias_of = torch.cat([tables.slot_bias.flatten(), slot])
     words = torch.nn.functional.pad(words, (0, 1))
     last = words.shape[1] - 1
     taken = torch.zeros_like(num_words)
-    out = torch.empty(tokens * per_lane, n, lanes, dtype=torch.int64)
-    for step in range(tokens * per_lane):
+    steps = tokens * per_lane
+    out = torch.empty(steps, n, lanes, dtype=torch.int64)
+    for step in range(steps):
         slot_index = row[step % per_lane] + (state & (PROB_SCALE - 1))
         out[step] = symbol_of[slot_index]
-        advanced = freq_of[slot_index] * (state >> PROB_BITS) + bias_of[slot_index]
-        state = torch.where(active[step % per_lane], advanced, state)
-        need = (state < STATE_LOW) & active[step % per_lane]
+        state = freq_of[slot_index] * (state >> PROB_BITS) + bias_of[slot_index]
+        if step % 2 == 0 and step + 1 < steps:
+            continue  # the first of a pair
+        need = state < STATE_LOW
         rank = need.cumsum(1)
         word = words.gather(1, (taken[:, None] + rank - 1).clamp(0, last))
         state = torch.where(need, state << 16 | word, state)
