@@ -1,6 +1,7 @@
 """Checks with an error that names the value and the remedy."""
 
 from collections.abc import Iterable
+from importlib import import_module
 from types import ModuleType
 
 from kvferry.errors import CorruptFrame
@@ -16,12 +17,12 @@ def one_of(name: str, value: object, options: Iterable[str], *, corrupt: bool = 
     raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, options))}")
 
 
-def gpu_kernels() -> ModuleType:
-    """`kvferry.codecs.fused`. Raises `ImportError` naming the remedy where Triton or the CUDA bindings are missing."""
+def gpu_kernels(part: str = "") -> ModuleType:
+    """`kvferry.codecs.fused`, or its module `part`. Raises `ImportError` naming the remedy where Triton or the CUDA
+    bindings are missing."""
     try:
-        from kvferry.codecs import fused
+        return import_module("kvferry.codecs.fused" + (part and f".{part}"))
     except ImportError as error:
         raise ImportError(
             f"a CUDA tensor needs the GPU kernels ({error}); pip install 'kvferry[gpu]', or use a CPU tensor"
         ) from error
-    return fused

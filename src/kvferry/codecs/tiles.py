@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from kvferry.blocks import as_bits
-from kvferry.codecs.tiling import TilePlan, count_tiles, gather_tiles, plan_tensor, scatter_tiles
+from kvferry.codecs.tiling import (
+    TilePlan,
+    count_tiles,
+    gather_tiles,
+    plan_tensor,
+    raw_tile_bytes,
+    scatter_tiles,
+)
 from kvferry.errors import CorruptFrame
 from kvferry.format.frame import Frame
 from kvferry.packing import Packer
@@ -32,20 +39,13 @@ def encode_tiles(
     """
     bits = as_bits(tensor)
     sizes = np.zeros(plan.num_tiles, dtype=np.int64)
-    raw_bytes = plan.raw_bytes(bits.element_size())
     coded: list[tuple[np.ndarray, Tensor]] = []
     for tokens, channels, tiles in plan.groups():
         for batch in np.split(tiles, range(BATCH_TILES, len(tiles), BATCH_TILES)):
             values = gather_tiles(bits, plan, batch, tokens, channels)
-            capacity = int(raw_bytes[batch[0]])
-            rows, length = packer.pack(to_columns(values, batch), layout, capacity)
-            raw = length >= capacity
-            length = torch.where(raw, capacity, length)
-            if bool(raw.any()):
-                rows = torch.nn.functional.pad(rows, (0, max(0, capacity - rows.shape[1])))
-                rows[raw, :capacity] = _raw_rows(values[raw], capacity)
+            rows, length = tile_rows(values, to_columns(values, batch), layout, packer)
             sizes[batch] = length.numpy()
-            coded.append((batch, rows[:, : int(length.max())]))
+            coded.append((batch, rows))
     starts = np.cumsum(sizes) - sizes
     payload = np.empty(int(sizes.sum()), dtype=np.uint8)
     for batch, rows in coded:
@@ -54,10 +54,25 @@ def encode_tiles(
     return sizes, torch.from_numpy(payload)
 
 
-def _raw_rows(values: Tensor, capacity: int) -> Tensor:
-    rows = torch.zeros(len(values), capacity, dtype=torch.uint8)
+def tile_rows(bits: Tensor, columns: Columns, layout: Layout, packer: Packer) -> tuple[Tensor, Tensor]:
+    """The bytes of tiles with bit patterns `bits` `[N, T, C]` and their `columns`: rows uint8 `[N, L]`, undefined
+    behind a tile's size, and sizes int64 `[N]`. A tile that coding does not shrink is raw."""
+    capacity = raw_tile_bytes(bits.shape[1] * bits.shape[2], bits.element_size())
+    rows, sizes = packer.pack(columns, layout, capacity)
+    large = sizes >= capacity
+    sizes = torch.where(large, capacity, sizes)
+    if bool(large.any()):
+        rows = torch.nn.functional.pad(rows, (0, max(0, capacity - rows.shape[1])))
+        rows[large, :capacity] = raw_rows(bits[large])
+    return rows[:, : int(sizes.max())], sizes
+
+
+def raw_rows(bits: Tensor) -> Tensor:
+    """Raw tiles of the bit patterns `[N, T, C]`, uint8 `[N, L]`."""
+    num_bytes = raw_tile_bytes(bits.shape[1] * bits.shape[2], bits.element_size())
+    rows = torch.zeros(len(bits), num_bytes, dtype=torch.uint8)
     rows[:, 0] = KIND_RAW
-    data = values.flatten(1).contiguous().view(torch.uint8)
+    data = bits.flatten(1).contiguous().view(torch.uint8)
     rows[:, 4 : 4 + data.shape[1]] = data
     return rows
 
@@ -94,27 +109,54 @@ def decode_tiles(
     bits = as_bits(target)
     payload = torch.frombuffer(bytearray(frame.payload), dtype=torch.uint8)
     kind = payload[torch.from_numpy(starts)].numpy()
-    raw_bytes = plan.raw_bytes(bits.element_size())
-    wrong = (
-        ((kind == KIND_RAW) & (sizes != raw_bytes))
-        | ((kind == KIND_CODED) & (sizes >= raw_bytes))
-        | (kind > KIND_CODED)
-    )
+    wrong = impossible_tiles(kind, sizes, plan.raw_bytes(bits.element_size()))
     if wrong.any():
         raise CorruptFrame(f"tile {int(np.flatnonzero(wrong)[0])} has an impossible kind or size")
     for tokens, channels, tiles in plan.groups():
         for batch in np.split(tiles, range(BATCH_TILES, len(tiles), BATCH_TILES)):
             raw, coded = batch[kind[batch] == KIND_RAW], batch[kind[batch] == KIND_CODED]
             if len(raw):
-                place = torch.arange(tokens * channels * bits.element_size())
-                data = payload[torch.from_numpy(starts[raw])[:, None] + 4 + place].contiguous()
-                scatter_tiles(bits, plan, raw, data.view(bits.dtype).reshape(-1, tokens, channels))
+                values = raw_values(payload, torch.from_numpy(starts[raw]), tokens, channels, bits.dtype)
+                scatter_tiles(bits, plan, raw, values)
             if len(coded):
                 at, length = torch.from_numpy(starts[coded]), torch.from_numpy(sizes[coded])
-                decoded = packer.unpack(payload, at, length, tokens, channels, layout)
-                if not bool(decoded.good.all()):
-                    bad = int(coded[int((~decoded.good).nonzero()[0])])
+                values, good = coded_values(payload, at, length, tokens, channels, layout, packer, to_bits)
+                if not bool(good.all()):
+                    bad = int(coded[int((~good).nonzero()[0])])
                     raise CorruptFrame(f"the sections of tile {bad} contradict its header")
-                values = to_bits(decoded).reshape(len(coded), -1).contiguous()
-                values[decoded.exact_tile, decoded.exact_position] = decoded.exact_bits.to(values.dtype)
-                scatter_tiles(bits, plan, coded, values.reshape(-1, tokens, channels))
+                scatter_tiles(bits, plan, coded, values)
+
+
+def impossible_tiles(kind: np.ndarray, sizes: np.ndarray, raw_bytes: np.ndarray) -> np.ndarray:
+    """Which tiles, bool `[N]`, have a first byte `kind` that does not go with their sizes, `raw_bytes` being those of
+    raw tiles."""
+    return np.asarray(
+        ((kind == KIND_RAW) & (sizes != raw_bytes))
+        | ((kind == KIND_CODED) & (sizes >= raw_bytes))
+        | (kind > KIND_CODED)
+    )
+
+
+def raw_values(payload: Tensor, starts: Tensor, tokens: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Bit patterns `[N, T, C]` of integer `dtype` of the raw tiles at `starts` int64 `[N]` of `payload` uint8."""
+    place = torch.arange(tokens * channels * dtype.itemsize)
+    data = payload[starts[:, None] + 4 + place].contiguous()
+    return data.view(dtype).reshape(-1, tokens, channels)
+
+
+def coded_values(
+    payload: Tensor,
+    starts: Tensor,
+    sizes: Tensor,
+    tokens: int,
+    channels: int,
+    layout: Layout,
+    packer: Packer,
+    to_bits: Callable[[Decoded], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(bit patterns `[N, T, C]`, good bool `[N]`) of the coded tiles at `starts` of `payload`, `sizes` bytes each; the
+    patterns of tiles that are not good mean nothing."""
+    decoded = packer.unpack(payload, starts, sizes, tokens, channels, layout)
+    values = to_bits(decoded).reshape(len(starts), -1).contiguous()
+    values[decoded.exact_tile, decoded.exact_position] = decoded.exact_bits.to(values.dtype)
+    return values.reshape(-1, tokens, channels), decoded.good

@@ -3,10 +3,13 @@ read."""
 
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_Size = TypeVar("_Size", int, np.ndarray)
 
 TILE_TOKENS = 64
 TILE_CHANNELS = 128
@@ -32,13 +35,22 @@ class TilePlan:
 
     def groups(self) -> list[tuple[int, int, np.ndarray]]:
         """Tiles of equal shape together: `(tokens, channels, tile indices)`, at most four groups."""
-        keys = self.tokens.astype(np.int64) * 65536 + self.channels
-        return [(int(k) >> 16, int(k) & 65535, np.flatnonzero(keys == k)) for k in np.unique(keys)]
+        return group_by_shape(self.tokens, self.channels)
 
     def raw_bytes(self, itemsize: int) -> np.ndarray:
         """Size of each tile when stored raw (the most a tile may take), int64 `[num_tiles]`."""
-        values = self.tokens.astype(np.int64) * self.channels
-        return np.asarray(4 + (values * itemsize + 3) // 4 * 4)
+        return raw_tile_bytes(self.tokens.astype(np.int64) * self.channels, itemsize)
+
+
+def group_by_shape(tokens: np.ndarray, channels: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """Tiles of equal shape together: `(tokens, channels, tile indices)`."""
+    keys = tokens.astype(np.int64) * 65536 + channels
+    return [(int(k) >> 16, int(k) & 65535, np.flatnonzero(keys == k)) for k in np.unique(keys)]
+
+
+def raw_tile_bytes(num_values: _Size, itemsize: int) -> _Size:
+    """Size of a tile of `num_values` (a number, or an array of numbers) when stored raw."""
+    return 4 + (num_values * itemsize + 3) // 4 * 4
 
 
 def _segment_width(channels: int) -> int:

@@ -12,7 +12,14 @@ from kvferry.blocks import FLOAT_DTYPES, BlockSpec, as_bits
 from kvferry.codecs import tiles
 from kvferry.codecs.base import Codec, Encoded
 from kvferry.codecs.bounded import reference
-from kvferry.codecs.bounded.steps import bound_from_range, round_down, step_from_bound
+from kvferry.codecs.bounded.steps import (
+    SAMPLED_TOKENS,
+    bound_from_range,
+    double_bound,
+    round_down,
+    step_from_bound,
+    tile_statistics,
+)
 from kvferry.codecs.checks import gpu_kernels, one_of
 from kvferry.codecs.tiling import TilePlan, count_tiles, gather_tiles, plan_tensor
 from kvferry.format.frame import GROUPINGS, Frame, FrameHeader
@@ -103,18 +110,30 @@ class Bounded(Codec):
     def tile_steps(self, tensor: Tensor, plan: TilePlan) -> reference.Steps:
         """Bounds and steps of all tiles, `[num_tiles]`, or `[num_tiles, 128]` relative to channels."""
         low, high, exponent_sum = _tile_statistics(tensor, plan, ranges=self.relative)
-        sampled = torch.from_numpy((-(-plan.tokens // 8) * plan.channels).astype(np.int64))
+        sampled = torch.from_numpy((-(-plan.tokens // SAMPLED_TOKENS) * plan.channels).astype(np.int64))
         return self.steps_from_statistics(low, high, exponent_sum, sampled, tensor.dtype)
 
     def steps_from_statistics(
-        self, low: Tensor, high: Tensor, exponent_sum: Tensor, sampled: Tensor, dtype: torch.dtype
+        self,
+        low: Tensor,
+        high: Tensor,
+        exponent_sum: Tensor,
+        sampled: Tensor,
+        dtype: torch.dtype,
+        *,
+        absolute: Tensor | None = None,
+        doublings: int = 0,
     ) -> reference.Steps:
-        """Bounds and steps from each channel's smallest and largest finite value, float32 `[N, 128]` (+inf and -inf
-        where there is none), and each tile's exponent sum over `sampled` values, int64 `[N]`."""
+        """Bounds and steps from each channel's smallest and largest finite value, float32 `[N, C]` (+inf and -inf
+        where there is none), and each tile's exponent sum over `sampled` values, int64 `[N]`.
+
+        `absolute` float32 `[N]` (at most 2**126) stands in for an absolute error bound; `doublings` is how often
+        bounds are doubled once they are made.
+        """
         kind = self._bound_kind
         if kind == "none":
             asked = torch.tensor(self.error_bound, dtype=torch.float64, device=exponent_sum.device)
-            bound = round_down(asked).expand(len(exponent_sum)).contiguous()
+            bound = round_down(asked).expand(len(exponent_sum)).contiguous() if absolute is None else absolute
         elif kind == "channel":
             bound = bound_from_range(low, high, self.error_bound)
         else:
@@ -122,6 +141,7 @@ class Bounded(Codec):
             if kind == "tensor" and len(low):
                 low, high = low.amin().expand(len(low)), high.amax().expand(len(high))
             bound = bound_from_range(low, high, self.error_bound)
+        bound = double_bound(bound, doublings)
         mantissa = reference.MANTISSA_BITS[dtype]
         step, inverse = step_from_bound(bound, exponent_sum.long(), sampled, mantissa, kind == "channel")
         return reference.Steps(step, inverse, bound)
@@ -162,9 +182,7 @@ def _tile_statistics(tensor: Tensor, plan: TilePlan, ranges: bool) -> tuple[Tens
         for batch in np.split(indices, range(tiles.BATCH_TILES, len(indices), tiles.BATCH_TILES)):
             values = gather_tiles(bits, plan, batch, tokens, channels).view(tensor.dtype).float()
             rows = torch.from_numpy(batch)
+            channel_low, channel_high, exponent_sum[rows] = tile_statistics(values, ranges)
             if ranges:
-                finite = values.isfinite()
-                low[rows, :channels] = torch.where(finite, values, torch.inf).amin(1)
-                high[rows, :channels] = torch.where(finite, values, -torch.inf).amax(1)
-            exponent_sum[rows] = (values[:, ::8].contiguous().view(torch.int32) >> 23 & 255).sum((1, 2))
+                low[rows, :channels], high[rows, :channels] = channel_low, channel_high
     return low, high, exponent_sum

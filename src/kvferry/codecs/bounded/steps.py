@@ -8,7 +8,10 @@ from torch import Tensor
 
 SMALLEST_STEP = 2.0**-100
 """Below this the reciprocal or the products would leave float32's normal range; such tiles are stored exactly."""
-_LARGEST_BOUND = 2.0**126
+LARGEST_BOUND = 2.0**126
+"""Twice that is still finite in float32."""
+SAMPLED_TOKENS = 8
+"""Of so many tokens, one counts for a tile's typical exponent."""
 _LEVELS = 6
 _FINE = 2.0**21
 
@@ -27,7 +30,24 @@ def round_down(bound: Tensor) -> Tensor:
     """The largest float32 not above each float64 `bound`, and not above 2**126."""
     nearest = bound.float()
     below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
-    return torch.where(nearest.double() > bound, below, nearest).clamp(max=_LARGEST_BOUND)
+    return torch.where(nearest.double() > bound, below, nearest).clamp(max=LARGEST_BOUND)
+
+
+def double_bound(bound: Tensor, times: int) -> Tensor:
+    """`bound` float32, doubled `times` (at most 127) times, and not above 2**126."""
+    return (bound * 2.0**times).clamp(max=LARGEST_BOUND)
+
+
+def tile_statistics(values: Tensor, ranges: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest and largest finite value of each channel `[N, C]` (+inf and -inf where there is none, and where `ranges`
+    are not wanted) and exponent sums int64 `[N]` of `values` float32 `[N, T, C]`."""
+    low = torch.full((values.shape[0], values.shape[2]), torch.inf)
+    high = torch.full_like(low, -torch.inf)
+    if ranges:
+        finite = values.isfinite()
+        low = torch.where(finite, values, torch.inf).amin(1)
+        high = torch.where(finite, values, -torch.inf).amax(1)
+    return low, high, (values[:, ::SAMPLED_TOKENS].contiguous().view(torch.int32) >> 23 & 255).sum((1, 2))
 
 
 def step_from_bound(

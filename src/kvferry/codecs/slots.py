@@ -1,0 +1,294 @@
+"""Chunks of paged KV cache into slots and back: what a host store of fixed-size slots is filled by and read through
+(docs/format.md, "Slot")."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, isfinite
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvferry.codecs import slots_reference
+from kvferry.codecs.base import Codec
+from kvferry.codecs.bounded import Bounded
+from kvferry.codecs.bounded.steps import LARGEST_BOUND
+from kvferry.codecs.checks import gpu_kernels, one_of
+from kvferry.codecs.lossless import Lossless
+from kvferry.codecs.raw import Raw
+from kvferry.codecs.tiling import TILE_TOKENS, raw_tile_bytes
+from kvferry.format.frame import MODES, PACKINGS, RELATIVE_TO
+from kvferry.format.slot import CODECS, DIRECTORY_BYTES, HEADER, HEADER_BYTES, dtype_code
+from kvferry.pages import PagedKV
+
+ON_OVERFLOW = ("relax", "reject")
+SLOT_STEP = 16
+"""Slots lie so many bytes apart, or a multiple of it: kernels read and write 16 bytes at a time."""
+MOST_RELAXATIONS = 64
+_ROUND_TO = 512
+_MOST_PAYLOAD_BYTES = (1 << 32) - 1
+_SMALLEST_TILE_BYTES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class SlotCodec:
+    """How chunks of `chunk_pages` pages of `kv` become slots of `slot_bytes` (a multiple of 16) and back; validated
+    once, and good for any number of calls.
+
+    `codec`: `Raw`, `Lossless`, or `Bounded` in token grouping with an absolute bound or one relative to the "tile" or
+    the "channel". `on_overflow` says what becomes of a chunk that does not fit: "relax" doubles the error bounds of all
+    its tiles, as few times as needed and at most `max_relaxations` times (0 to 64); if that is not enough, or with
+    "reject", or where the codec is exact, the slot says that the chunk was rejected. `bounds` float32 `[num_lines]` on
+    kv's device stands in for an absolute `error_bound`, line by line. `num_sms`: how much of a GPU may be used (None:
+    all).
+
+    Raises `ValueError` (`TypeError` for another type) for anything else.
+    """
+
+    kv: PagedKV
+    codec: Codec
+    chunk_pages: int
+    slot_bytes: int
+    on_overflow: str = "relax"
+    max_relaxations: int = 8
+    bounds: Tensor | None = None
+    num_sms: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"the pages are on {self.kv.device}; slots take pages on the CPU or a CUDA device")
+        _check_codec(self.kv, self.codec)
+        _check_chunk(self.kv, self.chunk_pages)
+        one_of("on_overflow", self.on_overflow, ON_OVERFLOW)
+        if not 0 <= self.max_relaxations <= MOST_RELAXATIONS:
+            raise ValueError(f"max_relaxations={self.max_relaxations} must be 0 to {MOST_RELAXATIONS}")
+        if self.num_sms is not None and self.num_sms < 1:
+            raise ValueError(f"num_sms={self.num_sms} must be at least 1, or None for all of the GPU")
+        if self.bounds is not None:
+            self._check_bounds(self.bounds)
+        self._check_slot_bytes()
+
+    def _check_bounds(self, bounds: Tensor) -> None:
+        if not isinstance(self.codec, Bounded) or self.codec.relative:
+            raise ValueError(
+                f"bounds go with an absolute bound, not with {self.codec}: use Bounded(..., relative=False)"
+            )
+        expected = (self.kv.num_lines,)
+        if bounds.dtype != torch.float32 or tuple(bounds.shape) != expected or bounds.device != self.kv.device:
+            raise ValueError(
+                f"bounds is {bounds.dtype} {tuple(bounds.shape)} on {bounds.device}; pass float32 {expected} on "
+                f"{self.kv.device}"
+            )
+        wrong = bounds[~((bounds > 0) & (bounds <= LARGEST_BOUND))]
+        if len(wrong):
+            raise ValueError(f"bounds holds {float(wrong[0])}; error bounds are above 0 and at most {LARGEST_BOUND}")
+        object.__setattr__(self, "bounds", bounds.contiguous())
+
+    def _check_slot_bytes(self) -> None:
+        if self.slot_bytes % SLOT_STEP:
+            raise ValueError(f"slot_bytes={self.slot_bytes} is no multiple of {SLOT_STEP}; slot_bytes_for() makes one")
+        need = self.payload_at + _SMALLEST_TILE_BYTES * self.num_tiles
+        if isinstance(self.codec, Raw):
+            need = self.payload_at + _raw_payload_bytes(self.kv, self.chunk_pages)
+        if self.slot_bytes < need:
+            raise ValueError(
+                f"slot_bytes={self.slot_bytes} is too small: no chunk of {self.num_tiles} tiles fits into fewer than "
+                f"{need}; take slot_bytes_for() or fewer chunk_pages"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_pages * self.kv.page_tokens
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of a chunk: tile `block*num_lines + line` is tokens `64*block` and on of a line."""
+        return _num_tiles(self.kv, self.chunk_pages)
+
+    @property
+    def payload_at(self) -> int:
+        """Where a slot's tiles start: behind header and directory."""
+        return HEADER_BYTES + DIRECTORY_BYTES * self.num_tiles
+
+    @property
+    def relaxations(self) -> int:
+        """How often bounds may be doubled."""
+        return self.max_relaxations if self.on_overflow == "relax" and isinstance(self.codec, Bounded) else 0
+
+    @cached_property
+    def header(self) -> np.ndarray:
+        """What the headers of all slots share: `HEADER` records `[1]`, the other fields 0."""
+        record = np.zeros(1, dtype=HEADER)
+        codec = self.codec
+        record["codec"] = CODECS.index(codec.name)
+        record["dtype"] = dtype_code(self.kv.dtype)
+        record["packing"] = PACKINGS.index(codec.packing) if isinstance(codec, (Lossless, Bounded)) else 0
+        if isinstance(codec, Bounded):
+            record["mode"] = MODES.index(codec.mode)
+            record["relative_to"] = RELATIVE_TO.index(codec.relative_to) if codec.relative else 0
+        record["num_tiles"] = self.num_tiles
+        record["layout_digest"] = self.kv.layout_digest
+        record["tokens"] = self.tokens
+        record.flags.writeable = False
+        return record
+
+    def encode(self, page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
+        """Write chunk i, the pages `page_table[i]`, into slot `slot_index[i]` of `slots`.
+
+        `page_table` int32 `[chunks, chunk_pages]`, `slot_index` int32 `[chunks]` (each slot once), `identities` int64
+        `[chunks, 2]` (the bits of two u64 that name the chunk), all contiguous on kv's device; `slots` uint8
+        `[num_slots, slot_bytes]`, contiguous, on kv's device or, for CUDA, in pinned host memory. On a GPU nothing
+        waits: the work is queued on the current stream.
+
+        No data make it fail: what does not fit is relaxed or rejected, and the slot's header says so. Raises
+        `ValueError` for tensors that are not so; on the CPU also for pages and slots that do not exist (on a GPU such
+        reads and writes are undefined).
+        """
+        self._check_call(page_table, slots, slot_index, identities)
+        if not len(slot_index):
+            return
+        if self.kv.device.type == "cuda":
+            gpu_kernels("slots").encode(self, page_table, slots, slot_index, identities)
+        else:
+            slots_reference.encode(self, page_table, slots, slot_index, identities)
+
+    def decode(self, slots: Tensor, slot_index: Tensor, page_table: Tensor, identities: Tensor, status: Tensor) -> None:
+        """Write what slot `slot_index[i]` holds into the pages `page_table[i]`, leaving out places that are -1, and
+        what came of it into `status[i]` (int32 `[chunks]`): a `kvferry.format.slot.SlotStatus`.
+
+        The other arguments as for `encode`. The pages of a chunk whose status is 1 to 4 are untouched; with 5, the
+        values of the tiles that are bad are. Tiles without a page that is wanted are not looked at. Raises as `encode`
+        does, never for what slots hold.
+        """
+        self._check_call(page_table, slots, slot_index, identities)
+        _check_tensor("status", status, torch.int32, (len(slot_index),), self.kv.device)
+        if not len(slot_index):
+            return
+        if self.kv.device.type == "cuda":
+            gpu_kernels("slots").decode(self, slots, slot_index, page_table, identities, status)
+        else:
+            slots_reference.decode(self, slots, slot_index, page_table, identities, status)
+
+    def _check_call(self, page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
+        device, chunks = self.kv.device, len(page_table)
+        _check_tensor("page_table", page_table, torch.int32, (chunks, self.chunk_pages), device)
+        _check_tensor("slot_index", slot_index, torch.int32, (chunks,), device)
+        _check_tensor("identities", identities, torch.int64, (chunks, 2), device)
+        on_host = device.type == "cuda" and slots.device.type == "cpu"
+        _check_tensor("slots", slots, torch.uint8, (len(slots), self.slot_bytes), slots.device if on_host else device)
+        if on_host and not slots.is_pinned():
+            raise ValueError("slots is host memory that a GPU cannot reach: allocate it with pin_memory=True")
+
+
+def encode_into_slots(
+    kv: PagedKV,
+    codec: Codec,
+    page_table: Tensor,
+    slots: Tensor,
+    slot_index: Tensor,
+    identities: Tensor,
+    *,
+    on_overflow: str = "relax",
+    max_relaxations: int = 8,
+    bounds: Tensor | None = None,
+    num_sms: int | None = None,
+) -> None:
+    """`SlotCodec(...).encode(...)` once: chunk_pages and slot_bytes are those of `page_table` and `slots`."""
+    slot_codec = SlotCodec(
+        kv, codec, page_table.shape[-1], slots.shape[-1], on_overflow, max_relaxations, bounds, num_sms
+    )
+    slot_codec.encode(page_table, slots, slot_index, identities)
+
+
+def decode_from_slots(
+    kv: PagedKV,
+    codec: Codec,
+    slots: Tensor,
+    slot_index: Tensor,
+    page_table: Tensor,
+    identities: Tensor,
+    *,
+    num_sms: int | None = None,
+) -> Tensor:
+    """`SlotCodec(...).decode(...)` once; returns the status of each chunk, int32 `[chunks]` on kv's device."""
+    slot_codec = SlotCodec(kv, codec, page_table.shape[-1], slots.shape[-1], num_sms=num_sms)
+    status = torch.zeros(len(page_table), dtype=torch.int32, device=kv.device)
+    slot_codec.decode(slots, slot_index, page_table, identities, status)
+    return status
+
+
+def slot_bytes_for(kv: PagedKV, codec: Codec, chunk_pages: int, ratio: float) -> int:
+    """Bytes of a slot that holds a chunk which compresses at `ratio` (raw bytes over encoded bytes, header and
+    directory counted), rounded up to 512; never more than `raw_slot_bytes`, which is what `Raw` needs."""
+    _check_codec(kv, codec)
+    if not (isfinite(ratio) and ratio > 0):
+        raise ValueError(f"ratio={ratio} must be a finite number above 0, such as 2.0")
+    most = raw_slot_bytes(kv, chunk_pages)
+    if isinstance(codec, Raw):
+        return most
+    least = HEADER_BYTES + (DIRECTORY_BYTES + _SMALLEST_TILE_BYTES) * _num_tiles(kv, chunk_pages)
+    return min(most, _round_up(max(least, ceil(chunk_pages * kv.page_bytes / ratio))))
+
+
+def raw_slot_bytes(kv: PagedKV, chunk_pages: int) -> int:
+    """Bytes of a slot into which any chunk fits, whatever the codec; rounded up to 512."""
+    _check_chunk(kv, chunk_pages)
+    overhead = HEADER_BYTES + DIRECTORY_BYTES * _num_tiles(kv, chunk_pages)
+    return _round_up(overhead + _raw_payload_bytes(kv, chunk_pages))
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // _ROUND_TO) * _ROUND_TO
+
+
+def _num_tiles(kv: PagedKV, chunk_pages: int) -> int:
+    return -(-chunk_pages * kv.page_tokens // TILE_TOKENS) * kv.num_lines
+
+
+def _raw_payload_bytes(kv: PagedKV, chunk_pages: int) -> int:
+    """Bytes of a chunk's tiles if all are raw."""
+    blocks, rest = divmod(chunk_pages * kv.page_tokens, TILE_TOKENS)
+    channels = np.array(kv.channels, dtype=np.int64)
+    whole, last = (raw_tile_bytes(tokens * channels, kv.dtype.itemsize).sum() for tokens in (TILE_TOKENS, rest))
+    return int(blocks * whole + (last if rest else 0))
+
+
+def _check_chunk(kv: PagedKV, chunk_pages: int) -> None:
+    if chunk_pages < 1:
+        raise ValueError(f"chunk_pages={chunk_pages} must be at least 1")
+    if _raw_payload_bytes(kv, chunk_pages) > _MOST_PAYLOAD_BYTES:
+        raise ValueError(
+            f"a chunk of {chunk_pages} pages has {chunk_pages * kv.page_bytes} bytes, a slot holds less than 4 GiB: "
+            "take fewer chunk_pages"
+        )
+
+
+def _check_codec(kv: PagedKV, codec: Codec) -> None:
+    """Raise unless slots can hold what `codec` makes of `kv`."""
+    if not isinstance(codec, Codec):
+        raise TypeError(f"codec is a {type(codec).__name__}; pass a codec object such as kvferry.Lossless()")
+    if type(codec) not in (Raw, Lossless, Bounded):
+        raise ValueError(f"slots do not hold the codec {codec.name!r}: use kvferry.Raw, Lossless or Bounded")
+    if kv.is_opaque:
+        if not isinstance(codec, Raw):
+            raise ValueError(f"the pages are opaque bytes, which {codec.name!r} does not take: use kvferry.Raw()")
+    elif kv.dtype not in codec.dtypes:
+        raise ValueError(f"{codec.name!r} does not take pages of {kv.dtype}: use kvferry.Lossless() or Raw()")
+    if isinstance(codec, Bounded):
+        if codec.grouping != "token":
+            raise ValueError(f"grouping={codec.grouping!r} has no meaning in pages: use grouping='token'")
+        if codec.relative and codec.relative_to == "tensor":
+            raise ValueError(
+                "relative_to='tensor' would read the whole chunk before its first tile is coded: use "
+                "relative_to='tile' or 'channel', or an absolute bound (relative=False)"
+            )
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor.dtype == dtype and tuple(tensor.shape) == shape and tensor.device == device and tensor.is_contiguous():
+        return
+    raise ValueError(
+        f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        f"{'' if tensor.is_contiguous() else ', not contiguous'}; pass contiguous {dtype} {shape} on {device}"
+    )
