@@ -22,8 +22,9 @@ MAX_RADIUS = 31
 NUM_TWO_SIDED = 17
 NUM_ONE_SIDED = 16
 ONE_SIDED_SYMBOLS = 16
-# A symbol left out costs 48 bits each time it occurs (position and value, plus what is coded in its place); one kept
-# costs all others log2(256/255) = 0.0056 bits. So symbols rarer than about 0.0056/40 are left out.
+# A symbol left out costs 48 bits each time it occurs in float32 (position and value, plus what is coded in its place),
+# less in the others; one kept costs all others log2(256/255) = 0.0056 bits. So symbols rarer than about 0.0056/40 are
+# left out.
 LEFT_OUT_BITS = 48.0
 PATH = Path(__file__).parents[1] / "src/kvferry/packing/ans/tables.json"
 
