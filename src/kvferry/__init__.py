@@ -10,7 +10,9 @@ from kvferry.codecs.base import Codec
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.raw import Raw
+from kvferry.codecs.slots import SlotCodec, decode_from_slots, encode_into_slots
 from kvferry.errors import BoundTooTight, CorruptFrame, KVFerryError, OutOfHostMemory, UnsupportedVersion
+from kvferry.pages import PagedKV
 from kvferry.store import HostStore
 
 __version__ = "0.1.0"
@@ -26,10 +28,14 @@ __all__ = [
     "KVFerryError",
     "Lossless",
     "OutOfHostMemory",
+    "PagedKV",
     "Raw",
+    "SlotCodec",
     "UnsupportedVersion",
     "codecs",
     "compress",
+    "decode_from_slots",
     "decompress",
+    "encode_into_slots",
     "inspect",
 ]
