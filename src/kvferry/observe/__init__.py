@@ -1,0 +1,1 @@
+"""What lets others see what happens: ranges for profilers."""
