@@ -19,3 +19,7 @@ class BoundTooTight(KVFerryError):
 
 class OutOfHostMemory(KVFerryError):
     """The host store cannot hold the entry: it is larger than the store, or everything else is pinned."""
+
+
+class OutOfDeviceMemory(KVFerryError):
+    """The memory that transfers need on a GPU, once and for all, is not free there."""
