@@ -120,7 +120,7 @@ def paged(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "no layers": (ValueError, "at least one layer", lambda: PagedKV.kv_first([])),
     "no lines": (ValueError, "at least one layer", lambda: PagedKV(())),
-    "not a tensor": (TypeError, "list", lambda: PagedKV.kv_first([[1.0]])),  # type: ignore[list-item]
+    "not a tensor": (TypeError, "list", lambda: PagedKV.kv_first([[1.0]])),
     "too few dimensions": (ValueError, "another constructor", lambda: PagedKV.kv_first([paged(2, 4, 8, 5)])),
     "no K and V": (ValueError, r"\(3, 4, 8, 2, 5\)", lambda: PagedKV.kv_first([paged(3, 4, 8, 2, 5)])),
     "K and V elsewhere": (ValueError, "dimension 1", lambda: PagedKV.kv_second([paged(2, 4, 8, 2, 5)])),

@@ -3,6 +3,8 @@ docs/format.md says, without the package's help."""
 
 import struct
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kvferry
-from contract.cases import BITS, HAS_CUDA
+from contract.cases import BITS, HAS_CUDA, MANTISSA, allowed_errors, bits_of, gaussian, with_specials
 from kvferry import Bounded, Codec, Lossless, PagedKV, Raw, SlotCodec
 from kvferry.format.frame import read_frame
 
@@ -18,6 +20,10 @@ _GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device
 PLACES = ["cpu", pytest.param("cuda", marks=_GPU), pytest.param("cuda-pinned", marks=_GPU)]
 """Where the pages are; "cuda-pinned": the slots in host memory, which kernels read and write."""
 LAYOUTS = ("heads_first", "mla", "strided", "kv_first", "kv_second", "heads_only", "plain")
+
+TABLE = torch.tensor([[3, 1, 4, 0, 7], [8, 2, 6, 5, 9], [5, 5, 0, 8, 1]])
+"""Pages of three chunks, of one block of tokens and a part of one. The third shares pages with the others, and has one
+twice: that is for encoding; what decoding them at once leaves is undefined."""
 
 # (offset, struct code) of a slot header's fields, from docs/format.md.
 FIELDS = {
@@ -64,7 +70,7 @@ class Engine:
         *,
         layers: int = 2,
         heads: int = 2,
-        pages: int = 9,
+        pages: int = 10,
         page_tokens: int = 16,
         head_dim: int = 40,
         device: str = "cpu",
@@ -135,9 +141,9 @@ def chunk_rows(values: Tensor, pages: Tensor) -> Tensor:
 
 
 def identities_of(count: int) -> Tensor:
-    """Names of chunks, int64 `[count, 2]`, negative numbers (large u64) among them."""
-    generator = torch.Generator().manual_seed(count)
-    return torch.randint(-(2**63), 2**63 - 1, (count, 2), generator=generator)
+    """Names of chunks, int64 `[count, 2]`, in one order; negative numbers (large u64) among them."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(-(2**63), 2**63 - 1, (max(count, 64), 2), generator=generator)[:count]
 
 
 def encode(slot_codec: SlotCodec, place: str, page_table: Tensor, slot_index: list[int] | None = None) -> Tensor:
@@ -177,7 +183,7 @@ def device_of(place: str) -> str:
 class Parts:
     """A slot taken apart. `tiles` are empty where the chunk was rejected."""
 
-    fields: dict[str, object]
+    fields: dict[str, Any]
     checksums: tuple[int, ...]
     tiles: tuple[bytes, ...]
     used: bytes
@@ -189,12 +195,12 @@ def take_apart(slot: Tensor) -> Parts:
     fields = {name: struct.unpack_from("<" + code, data, at)[0] for name, (at, code) in FIELDS.items()}
     if fields["state"] == 2:
         return Parts(fields, (), (), data[:64])
-    count = int(fields["num_tiles"])
+    count = fields["num_tiles"]
     directory = struct.unpack_from(f"<{2 * count}I", data, 64)
     payload_at = 64 + 8 * count
     ends = directory[0::2]
     tiles = tuple(data[payload_at + a : payload_at + b] for a, b in zip((0, *ends[:-1]), ends, strict=True))
-    return Parts(fields, directory[1::2], tiles, data[: payload_at + int(fields["payload_bytes"])])
+    return Parts(fields, directory[1::2], tiles, data[: payload_at + fields["payload_bytes"]])
 
 
 def checksum(data: bytes, seed: int) -> int:
@@ -255,3 +261,46 @@ def _tiles_of_frame(part: Tensor, codec: Codec) -> list[bytes]:
     frame = read_frame(kvferry.compress(part, codec))
     ends = np.cumsum(frame.sizes)
     return [bytes(frame.payload[end - size : end]) for end, size in zip(ends, frame.sizes, strict=True)]
+
+
+@cache
+def noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Unit noise around means of each channel's own, special values strewn over it."""
+    return with_specials(gaussian(shape, dtype, seed))[0]
+
+
+def specials_of(values: Tensor) -> Tensor:
+    """NaN, infinities, zeros, denormals: what must come back bit for bit. bool, on the CPU."""
+    bits = bits_of(values).long() & ((1 << (8 * values.element_size() - 1)) - 1)
+    field = ((1 << (8 * values.element_size() - 1)) - 1) >> MANTISSA[values.dtype]
+    exponent = bits >> MANTISSA[values.dtype]
+    return (exponent == 0) | (exponent == field)
+
+
+def assert_kept(rows: Tensor, back: Tensor, codec: Codec, relaxed: int, bounds: list[float] | None = None) -> None:
+    """What `codec` promises about a chunk's `rows` `[rows, tokens, head_dim]`, of which `back` is bits."""
+    if not isinstance(codec, Bounded):
+        assert torch.equal(back, bits_of(rows))
+        return
+    special = specials_of(rows)
+    assert torch.equal(back[special], bits_of(rows)[special]), "NaN, infinity, zero or denormal altered"
+    delivered = back.view(rows.dtype).double()
+    for number, (row, result) in enumerate(zip(rows, delivered, strict=True)):
+        allowed = allowed_errors(row, codec) if bounds is None else torch.full(row.shape, bounds[number]).double()
+        finite = row.isfinite()
+        error = (result - row.double()).abs()[finite]
+        assert not error.isnan().any()
+        assert not (error > allowed[finite] * 2.0**relaxed).any(), f"off by {error.max()}, relaxed {relaxed}"
+
+
+def poison_of(read: Tensor) -> Tensor:
+    """What an `Engine`'s memory is before anything is written, as one value like those of `read()`."""
+    return torch.full((1,), 0xEE, dtype=torch.uint8).repeat(read.element_size()).view(read.dtype)
+
+
+def absolute_codec(codec: Codec, slots: Tensor) -> tuple[Codec, int]:
+    """For pages out of a chunk: the range that a bound is relative to was the chunk's, an absolute bound stays."""
+    if isinstance(codec, Bounded) and codec.relative:
+        bound = max(take_apart(slot).fields["bound_used"] for slot in slots)
+        return Bounded(bound, False, mode=codec.mode, packing=codec.packing), 0
+    return codec, 0

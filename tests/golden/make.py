@@ -1,4 +1,4 @@
-"""Make the golden frames: `python tests/golden/make.py [--replace]`, from the repository's root.
+"""Make the golden frames and slots: `python tests/golden/make.py [--replace]`, from the repository's root.
 
 Frames once written must be readable for good, so those that exist stay: `--replace` is for a new version of the format.
 Inputs come of integer arithmetic alone, so that every machine and every PyTorch makes the same.
@@ -8,6 +8,9 @@ import argparse
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,12 @@ import torch
 from torch import Tensor
 
 import kvferry
-from kvferry import Bounded, Codec, Lossless, Raw
+from kvferry import Bounded, Codec, Lossless, PagedKV, Raw, SlotCodec
+from kvferry.codecs.slots import raw_slot_bytes
 
 FOLDER = Path(__file__).parent
 DIGESTS = FOLDER / "digests.json"
+SLOT_DIGESTS = FOLDER / "slot-digests.json"
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -105,23 +110,127 @@ def cases() -> dict[str, tuple[Codec, Tensor]]:
     return found
 
 
+@dataclass(frozen=True)
+class SlotCase:
+    """One chunk of pages of `memory` `[pages, heads, page_tokens, 2*head_dim]` (`opaque`: of its bytes)."""
+
+    codec: Codec
+    memory: Tensor
+    pages: tuple[int, ...] = (4, 0, 5, 2, 1)
+    opaque: bool = False
+    slot_bytes: int | None = None
+    options: dict[str, object] = field(default_factory=dict)
+    bounds: tuple[float, ...] | None = None
+
+    def slot_codec(self, memory: Tensor) -> SlotCodec:
+        """The codec of `self`, for pages that lie in `memory`."""
+        if self.opaque:
+            kv = PagedKV.opaque([memory.view(torch.uint8).flatten(1)])
+        else:
+            kv = PagedKV.heads_first([memory], memory.shape[3] // 2)
+        size = raw_slot_bytes(kv, len(self.pages)) if self.slot_bytes is None else self.slot_bytes
+        bounds = None if self.bounds is None else torch.tensor(self.bounds, device=memory.device)
+        return SlotCodec(kv, self.codec, len(self.pages), size, bounds=bounds, **self.options)
+
+    def arguments(self, slot: bytes, slot_codec: SlotCodec) -> dict[str, Tensor]:
+        """What a call of `slot_codec` takes: one slot, starting with the bytes `slot`."""
+        device = slot_codec.kv.device
+        slots = torch.zeros(1, slot_codec.slot_bytes, dtype=torch.uint8)
+        slots[0, : len(slot)] = torch.from_numpy(np.frombuffer(slot, dtype=np.uint8).copy())
+        return {
+            "page_table": torch.tensor([self.pages], dtype=torch.int32, device=device),
+            "slots": slots.to(device),
+            "slot_index": torch.zeros(1, dtype=torch.int32, device=device),
+            "identities": torch.tensor([[-(2**63) + 5, 7]], device=device),
+        }
+
+    def encode(self, memory: Tensor) -> bytes:
+        """The slot's bytes that mean something."""
+        slot_codec = self.slot_codec(memory)
+        arguments = self.arguments(b"", slot_codec)
+        slot_codec.encode(**arguments)
+        data = arguments["slots"][0].cpu().numpy().tobytes()
+        used = 64 + 8 * slot_codec.num_tiles + int.from_bytes(data[20:24], "little")
+        return data[:64] if data[12] == 2 else data[:used]
+
+    def decode(self, slot: bytes, memory: Tensor) -> int:
+        """Decode into `memory`; the status."""
+        slot_codec = self.slot_codec(memory)
+        status = torch.full((1,), 77, dtype=torch.int32, device=memory.device)
+        slot_codec.decode(**self.arguments(slot, slot_codec), status=status)
+        return int(status)
+
+    def decoded(self, slot: bytes, device: str = "cpu") -> tuple[int, Tensor]:
+        """The status, and what the pages are then that were zeros before, on the CPU."""
+        memory = torch.zeros_like(self.memory, device=device)
+        return self.decode(slot, memory), memory.cpu()
+
+
+def slot_cases() -> dict[str, SlotCase]:
+    """The golden slots by name."""
+    found: dict[str, SlotCase] = {}
+    shape = (6, 1, 16, 40)
+    modes, packings = ("fixed", "plain", "outlier"), ("ans", "bitpack")
+    for dtype in DTYPES:
+        memory = make_input(shape, dtype, special=True)
+        found[f"slot-raw-{dtype}"] = SlotCase(Raw(), memory)
+        for packing in packings:
+            found[f"slot-lossless-{packing}-{dtype}"] = SlotCase(Lossless(packing), memory)
+    for mode, packing, dtype in itertools.product(modes, packings, FLOATS):
+        memory = make_input(shape, dtype, special=True)
+        found[f"slot-bounded-{mode}-{packing}-{dtype}-absolute"] = SlotCase(
+            bounded(mode, packing, relative_to="absolute"), memory
+        )
+    plain = make_input(shape, "bfloat16", special=False)
+    for mode, packing, relative_to in itertools.product(modes, packings, ("tile", "channel")):
+        codec = bounded(mode, packing, relative_to=relative_to)
+        found[f"slot-bounded-{mode}-{packing}-bfloat16-{relative_to}"] = SlotCase(codec, plain)
+    found["slot-raw-opaque"] = SlotCase(Raw(), make_input((6, 1, 8, 130), "float16", special=True), opaque=True)
+    wide = make_input((6, 1, 24, 288), "bfloat16", special=True)
+    for packing in packings:
+        codec = bounded("fixed", packing, relative_to="absolute")
+        small = {"codec": codec, "memory": plain, "slot_bytes": 1040}
+        found[f"slot-lossless-{packing}-bfloat16-wide"] = SlotCase(Lossless(packing), wide, (1, 3, 0))
+        found[f"slot-bounded-fixed-{packing}-bfloat16-relaxed"] = SlotCase(**small)
+        found[f"slot-bounded-fixed-{packing}-bfloat16-rejected"] = SlotCase(**small, options={"max_relaxations": 1})
+        found[f"slot-bounded-fixed-{packing}-bfloat16-bounds"] = SlotCase(codec, plain, bounds=(0.02, 0.3))
+        found[f"slot-bounded-fixed-{packing}-bfloat16-missing-page"] = SlotCase(codec, plain, (4, 0, -1, 2, -1))
+    return found
+
+
 def digest(tensor: Tensor) -> str:
     """sha256 of the values' bits in row-major order."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def make(
+    suffix: str, path: Path, entries: dict[str, tuple[Callable[[], bytes], Callable[[bytes], Tensor]]], replace: bool
+) -> None:
+    """Write the files of `entries` (how to encode, how to decode) that are missing, and their digests to `path`."""
+    digests = {} if replace or not path.exists() else json.loads(path.read_text())
+    for name, (encode, decode) in entries.items():
+        file = FOLDER / f"{name}{suffix}"
+        if file.exists() and name in digests and not replace:
+            continue
+        file.write_bytes(encode())
+        digests[name] = digest(decode(file.read_bytes()))
+    path.write_text(json.dumps(dict(sorted(digests.items())), indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replace", action="store_true", help="also make anew what exists")
     replace = parser.parse_args().replace
-    digests = {} if replace or not DIGESTS.exists() else json.loads(DIGESTS.read_text())
-    for name, (codec, tensor) in cases().items():
-        path = FOLDER / f"{name}.kvf"
-        if path.exists() and name in digests and not replace:
-            continue
-        path.write_bytes(kvferry.compress(tensor, codec))
-        digests[name] = digest(kvferry.decompress(path.read_bytes()))
-    DIGESTS.write_text(json.dumps(dict(sorted(digests.items())), indent=1) + "\n")
+    frames = {
+        name: (partial(kvferry.compress, tensor, codec), kvferry.decompress)
+        for name, (codec, tensor) in cases().items()
+    }
+    slots = {
+        name: (partial(case.encode, case.memory), lambda slot, case=case: case.decoded(slot)[1])
+        for name, case in slot_cases().items()
+    }
+    make(".kvf", DIGESTS, frames, replace)
+    make(".kvs", SLOT_DIGESTS, slots, replace)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class SlotCodec:
         return record
 
     def encode(self, page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
-        """Write chunk i, the pages `page_table[i]`, into slot `slot_index[i]` of `slots`.
+        """Write chunk i, the pages `page_table[i]` (zeros where that is -1), into slot `slot_index[i]` of `slots`.
 
         `page_table` int32 `[chunks, chunk_pages]`, `slot_index` int32 `[chunks]` (each slot once), `identities` int64
         `[chunks, 2]` (the bits of two u64 that name the chunk), all contiguous on kv's device; `slots` uint8

@@ -65,43 +65,43 @@ class _Chunks:
                 if len(part):
                     yield _Batch(tokens, channels, chunk[part], order[place[part]])
 
-    def pages_of(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Page and row within it of each token, int64 `[N, T]`."""
-        token = batch.tile[:, None] // self.kv.num_lines * TILE_TOKENS + np.arange(batch.tokens)
-        return self.page_table[batch.chunk[:, None], token // self.kv.page_tokens], token % self.kv.page_tokens
-
     def wanted(self) -> np.ndarray:
         """Which tiles have a token in a page that is not -1, bool `[chunks, num_tiles]`."""
         tokens = np.repeat(self.page_table >= 0, self.kv.page_tokens, axis=1)
         blocks = np.logical_or.reduceat(tokens, range(0, tokens.shape[1], TILE_TOKENS), axis=1)
         return np.repeat(blocks, self.kv.num_lines, axis=1)
 
-    def _by_line(self, batch: _Batch) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """(bits `[pages, page_tokens, channels]` of a line, which tiles of the batch are its)."""
+    def _places(self, batch: _Batch) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """Line by line, what of the `batch` is in pages that are not -1: (the line's bits `[pages, page_tokens,
+        channels]`, where its tokens are in it: page and row; and in the batch: tile and token)."""
         lines = batch.tile % self.kv.num_lines
+        token = batch.tile[:, None] // self.kv.num_lines * TILE_TOKENS + np.arange(batch.tokens)
+        page = self.page_table[batch.chunk[:, None], token // self.kv.page_tokens]
         for line in np.unique(lines):
-            yield self.bits[line], np.flatnonzero(lines == line)
+            tile, place = ((lines == line)[:, None] & (page >= 0)).nonzero()
+            there = page[tile, place], token[tile, place] % self.kv.page_tokens
+            yield self.bits[line], _pair(*there), _pair(tile, place)
 
     def gather(self, batch: _Batch) -> Tensor:
-        """Bit patterns `[N, T, C]`."""
-        page, row = self.pages_of(batch)
-        values = self.bits[0].new_empty(len(page), batch.tokens, batch.channels)
-        for bits, mine in self._by_line(batch):
-            values[torch.from_numpy(mine)] = bits[torch.from_numpy(page[mine]), torch.from_numpy(row[mine])]
+        """Bit patterns `[N, T, C]`, zeros for pages that are -1."""
+        values = self.bits[0].new_zeros(len(batch.tile), batch.tokens, batch.channels)
+        for bits, there, here in self._places(batch):
+            values[here] = bits[there]
         return values
 
     def scatter(self, batch: _Batch, values: Tensor) -> None:
         """Write `values` `[N, T, C]`, but for pages that are -1."""
-        page, row = self.pages_of(batch)
-        for bits, mine in self._by_line(batch):
-            tile, token = (page[mine] >= 0).nonzero()
-            at = torch.from_numpy(page[mine][tile, token]), torch.from_numpy(row[mine][tile, token])
-            bits[at] = values[torch.from_numpy(mine[tile]), torch.from_numpy(token)]
+        for bits, there, here in self._places(batch):
+            bits[there] = values[here]
+
+
+def _pair(first: np.ndarray, second: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(first), torch.from_numpy(second)
 
 
 def encode(slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
     """`SlotCodec.encode` on the CPU."""
-    pages, index = _checked(slot_codec, page_table, slots, slot_index, 0)
+    pages, index = _checked(slot_codec, page_table, slots, slot_index)
     identity = identities.numpy().view(np.uint64)
     at_once = max(1, TILES_AT_ONCE // slot_codec.num_tiles)
     for start in range(0, len(index), at_once):
@@ -217,7 +217,7 @@ def decode(
     status: Tensor,
 ) -> None:
     """`SlotCodec.decode` on the CPU."""
-    pages, index = _checked(slot_codec, page_table, slots, slot_index, -1)
+    pages, index = _checked(slot_codec, page_table, slots, slot_index)
     identity = identities.numpy().view(np.uint64)
     data = slots.numpy()
     header = slot.read_headers(data[index, : slot.HEADER_BYTES])
@@ -294,13 +294,13 @@ def _values(
 
 
 def _checked(
-    slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_index: Tensor, lowest_page: int
+    slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_index: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Page table and slot index as int64. Raises `ValueError` for those that do not exist."""
     pages, index = page_table.numpy().astype(np.int64), slot_index.numpy().astype(np.int64)
-    wrong = pages[(pages < lowest_page) | (pages >= slot_codec.kv.num_pages)]
+    wrong = pages[(pages < -1) | (pages >= slot_codec.kv.num_pages)]
     if len(wrong):
-        raise ValueError(f"page_table holds {wrong[0]}; pages are {lowest_page} to {slot_codec.kv.num_pages - 1}")
+        raise ValueError(f"page_table holds {wrong[0]}; pages are 0 to {slot_codec.kv.num_pages - 1}, or -1 for none")
     wrong = index[(index < 0) | (index >= len(slots))]
     if len(wrong):
         raise ValueError(f"slot_index holds {wrong[0]}; slots are 0 to {len(slots) - 1}")

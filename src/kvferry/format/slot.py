@@ -1,10 +1,9 @@
 """Slots: what one chunk of KV cache is in host memory (docs/format.md, "Slot"). Headers, directories, checksums; what
 a tile holds is the codecs' affair."""
 
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,6 @@ import xxhash
 
 from kvferry.errors import CorruptFrame
 from kvferry.format.frame import DTYPES, MODES, PACKINGS, RELATIVE_TO
-
-_T = TypeVar("_T")
 
 MAGIC = b"KVFS"
 VERSION = 1
@@ -46,6 +43,14 @@ HEADER = np.dtype(
     ]
 )
 """The header's fields; an array of this dtype is a batch of headers."""
+_NAMED: dict[str, tuple[Any, ...]] = {
+    "codec": CODECS,
+    "dtype": (torch.uint8, *DTYPES),
+    "packing": PACKINGS,
+    "mode": MODES,
+    "relative_to": RELATIVE_TO,
+}
+"""What the numbers of these fields mean."""
 DIRECTORY = np.dtype([("end", "<u4"), ("checksum", "<u4")])
 
 _INDEX_FACTOR, _INDEX_START = np.uint64(0x9E3779B1), np.uint64(0x85EBCA77)
@@ -99,16 +104,13 @@ class SlotHeader:
 
     def pack(self) -> bytes:
         """The 64 bytes. Raises `ValueError` for a name that the format does not have."""
-        fields = list(astuple(self))
-        fields[:4] = (
-            CODECS.index(self.codec),
-            dtype_code(self.dtype),
-            PACKINGS.index(self.packing),
-            MODES.index(self.mode),
-        )
-        fields[6] = RELATIVE_TO.index(self.relative_to)
+        fields = dict(zip(self.__dataclass_fields__, astuple(self), strict=True))
+        for name, options in _NAMED.items():
+            if fields[name] not in options:
+                raise ValueError(f"{name} {fields[name]!r} has no number in a slot's header; it has {options}")
+            fields[name] = options.index(fields[name])
         record = np.zeros(1, dtype=HEADER)
-        for name, value in zip(self.__dataclass_fields__, fields, strict=True):
+        for name, value in fields.items():
             record[name] = value
         return seal_headers(record).tobytes()
 
@@ -122,18 +124,13 @@ class SlotHeader:
             raise CorruptFrame(f"the data start with {bytes(data[:8])!r}: no slot's header, or an altered one")
         record = records[0]
 
-        def name(field: str, options: Sequence[_T]) -> _T:
-            code = int(record[field])
-            if code >= len(options):
-                raise CorruptFrame(f"unknown {field} {code} in a slot's header")
-            return options[code]
-
+        names = {}
+        for field, options in _NAMED.items():
+            if record[field] >= len(options):
+                raise CorruptFrame(f"unknown {field} {record[field]} in a slot's header")
+            names[field] = options[record[field]]
         return cls(
-            codec=name("codec", CODECS),
-            dtype=name("dtype", (torch.uint8, *DTYPES)),
-            packing=name("packing", PACKINGS),
-            mode=name("mode", MODES),
-            relative_to=name("relative_to", RELATIVE_TO),
+            **names,
             state=SlotState(int(record["state"])),
             relaxed=int(record["relaxed"]),
             num_tiles=int(record["num_tiles"]),
@@ -147,7 +144,7 @@ class SlotHeader:
 
 def dtype_code(dtype: torch.dtype) -> int:
     """A dtype's number in headers: 0 for opaque bytes, else as in frames."""
-    return 0 if dtype == torch.uint8 else 1 + DTYPES.index(dtype)
+    return _NAMED["dtype"].index(dtype)
 
 
 def layout_digest(dtype: torch.dtype, page_tokens: int, channels: tuple[int, ...]) -> int:
