@@ -65,7 +65,9 @@ def test_refusals_name_the_pair():
     with pytest.raises(ValueError, match="pair 1: dst has the shape"):
         copy_batch([x[:4], x[4:]], [y[:4], y[5:]])
     with pytest.raises(ValueError, match=r"pair 0: dst is torch.float32 and src is torch.int8"):
-        copy_batch([x], [torch.zeros(8, dtype=torch.int8)])
+        copy_batch([x, y], [torch.zeros(8, dtype=torch.int8), torch.zeros(8)])
+    with pytest.raises(ValueError, match="dst has the shape"):
+        copy_batch([x], [y[:4]])
     with pytest.raises(ValueError, match="2 destinations and 1 sources"):
         copy_batch([x[:4], x[4:]], [y[:4]])
     with pytest.raises(ValueError, match="two destinations overlap"):

@@ -2,6 +2,7 @@
 
 import typer
 
+from kvferry.cli.bench import bench
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
 from kvferry.cli.inspect import inspect
@@ -16,6 +17,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(inspect)
 app.command()(doctor)
+app.add_typer(bench)
 
 
 def main() -> None:

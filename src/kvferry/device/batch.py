@@ -52,6 +52,8 @@ def copy_batch(
     dsts, srcs = list(dsts), list(srcs)
     if len(dsts) != len(srcs):
         raise ValueError(f"{len(dsts)} destinations and {len(srcs)} sources: give one of each for every copy")
+    if len(dsts) == 1:  # arrays would only cost
+        return [cuda_copy_(dsts[0], srcs[0], non_blocking, stream)]
     linear: list[int] = []  # one run of bytes each
     others: dict[int, Rows | None] = {}
     for number, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):

@@ -1,0 +1,74 @@
+"""`kvferry bench`: without a GPU it says so; (`gpu`) with one it measures."""
+
+import json
+
+import pytest
+import torch
+
+typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("rich")
+
+from kvferry.cli.main import app  # noqa: E402
+
+
+def run(*arguments):
+    return typer_testing.CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_baseline_needs_a_gpu(tmp_path):
+    result = run("baseline", "--output", tmp_path / "a.json")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: kvferry bench baseline needs an NVIDIA GPU")
+    assert "run it on a machine with" in result.stderr
+    assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tensor-sizes", "4KiB,many"), "'many' is no size"),
+        (("--iterations", 0), "iterations is 0"),
+        (("--range-size", "0"), "'0' is no size"),
+    ],
+)
+def test_baseline_refuses_what_cannot_be(options, message):
+    result = run("baseline", *options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_baseline_reports_what_it_measured(monkeypatch, tmp_path):
+    """With the CPU in the GPU's place."""
+    pytest.importorskip("matplotlib")
+    from kvferry.bench import baseline
+    from kvferry.cli import bench
+
+    measure = baseline.measure_baseline
+    monkeypatch.setattr(bench, "check_gpu", lambda command, device: None)
+    monkeypatch.setattr(
+        baseline, "measure_baseline", lambda device, settings, on_case: measure(torch.device("cpu"), settings, on_case)
+    )
+    monkeypatch.setattr("kvferry.bench.machine.describe", lambda device: {"gpu": "none", "commit": "abc"})
+    options = ("--tensor-sizes", "4KiB,128KiB", "--iterations", 2, "--range-size", "16KiB")
+    result = run("baseline", *options, "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    for part in ("scattered", "128 KiB", "copy_ranges", "a.json", "a.png"):
+        assert part in result.stdout
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["machine"]["commit"] == "abc"
+    assert content["settings"]["sizes"] == [4096, 131072]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_baseline_command(tmp_path):
+    result = run("baseline", "--tensor-sizes", "4KiB,256KiB", "--iterations", 3, "--output", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "a.json").read_text())["machine"]["gpu"]
+    refused = run("baseline", "--device-id", 99)
+    assert refused.exit_code == 2
+    assert "--device-id is 99" in refused.stderr
