@@ -270,7 +270,7 @@ def test_gpu_mixed_and_strided():
 def test_gpu_a_batch_does_not_wait_and_keeps_stream_order(side):
     stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
     src, dst = torch.zeros(1 << 20, device="cuda"), torch.zeros(1 << 20, pin_memory=True)
-    pairs = [dst[i : i + 100] for i in range(0, 1 << 20, 1000)], [src[i : i + 100] for i in range(0, 1 << 20, 1000)]
+    pairs = [dst[i : i + 100] for i in range(0, 1 << 20, 4096)], [src[i : i + 100] for i in range(0, 1 << 20, 4096)]
     copy_batch(*pairs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -179,6 +179,14 @@ def test_autograd_notices_a_changed_tensor(cuda):  # noqa: F811
     assert dst._version > version
 
 
+def test_inference_tensors_have_no_version(cuda):  # noqa: F811
+    with torch.inference_mode():
+        dst = cuda.device(torch.zeros(3))
+        cuda_copy_(dst, torch.ones(3))
+    cuda_copy_(dst, values(3))
+    assert dst.equal(values(3))
+
+
 def test_memory_that_is_page_locked_in_part_is_refused(cuda):  # noqa: F811
     host = values(8)
     cuda.locked.append((host.data_ptr(), host.data_ptr() + 16))

@@ -84,9 +84,10 @@ def plot(path: Path, results: list[dict[str, Any]], title: str) -> None:
     figure, axes = pyplot.subplots(
         rows_of_panels, columns, figsize=(4.2 * columns, 3 * rows_of_panels), squeeze=False, layout="constrained"
     )
-    for axis in axes.flat[len(panels) :]:
+    flat: list[Any] = list(axes.flat)
+    for axis in flat[len(panels) :]:
         axis.axis("off")
-    for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (name, lines) in zip(flat, panels.items(), strict=False):
         for method, points in lines.items():
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
         axis.set(title=", ".join(name), xscale="log", ylabel="GB/s")
@@ -96,8 +97,7 @@ def plot(path: Path, results: list[dict[str, Any]], title: str) -> None:
         axis.set_xticks(ticks, [format_size(size).replace(" ", "\n") for size in ticks], fontsize=7)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    most = max(range(len(panels)), key=lambda number: len(axes.flat[number].lines))
-    axes.flat[most].legend(fontsize=8)
+    max(flat, key=lambda axis: len(axis.lines)).legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

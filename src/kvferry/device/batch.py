@@ -195,10 +195,12 @@ def _submit(
             found = host_allocations(starts, starts + ranges.sizes)
             owner = np.where(found >= 0, found, owner)
             ranges = ranges._replace(src_owner=owner) if way == H2D else ranges._replace(dst_owner=owner)
-            _queue_ranges(way, coalesce(ranges.take(found != PAGEABLE)), queue, in_batch=True)
-            # The driver stages pageable memory piece by piece: a batch has nothing to win there.
-            _queue_ranges(way, coalesce(ranges.take(found == PAGEABLE)), queue, in_batch=False)
-            waits = waits or bool((found == PAGEABLE).any())
+            pageable = found == PAGEABLE
+            if pageable.any():
+                # The driver stages pageable memory piece by piece: a batch has nothing to win there.
+                _queue_ranges(way, coalesce(ranges.take(pageable)), queue, in_batch=False)
+                ranges, waits = ranges.take(~pageable), True
+            _queue_ranges(way, coalesce(ranges), queue, in_batch=True)
         if host and not waits:
             hold_until_done(queue, host)
     if waits:

@@ -81,8 +81,8 @@ class PinnedPool:
     CUDA the memory is plain and everything else is the same. All CUDA devices may copy from and to it.
 
     The memory is a private anonymous mapping that is registered with CUDA: its size is exact (`pin_memory` rounds up to
-    a power of two), huge pages make registering faster, and tensors keep the mapping alive, so that a view that
-    outlives the pool is plain memory and no dangling pointer. It is not inherited by `fork`, which could otherwise give
+    a power of two), it asks for huge pages, and tensors keep the mapping alive, so that a view that outlives the pool
+    is plain memory and no dangling pointer. It is not inherited by `fork`, which could otherwise give
     the parent a copy and leave the device writing to the original.
 
     Raises `ValueError` for sizes that cannot be, `ImportError` if a CUDA device is asked for and cuda-bindings are
@@ -310,7 +310,7 @@ def _host_memory(num_bytes: int, alignment: int) -> Tensor:
 def _mapped(num_bytes: int) -> Tensor:
     mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
-        with suppress(OSError):  # a kernel without it: slower to register, or fork has to be avoided
+        with suppress(OSError):  # a kernel without it: small pages, or fork has to be avoided
             mapping.madvise(advice)
     return torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping
 
