@@ -76,6 +76,7 @@ def is_cuda_memcpy_available() -> bool:
 @functools.cache
 def primary_context(device: int) -> Any:
     """The context that PyTorch uses on `device`. Kept for the life of the process. Raises `CudaError`."""
+    driver().cuInit(0)  # PyTorch may have counted devices without it; where it fails, so does the next call
     status, handle = driver().cuDeviceGet(device)
     if status:
         raise failure(status, f"CUDA device {device}")
