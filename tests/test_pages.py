@@ -109,7 +109,7 @@ def test_layout_digest_says_what_slots_depend_on() -> None:
     ]
     assert len({digest("heads_first"), *changed}) == len(changed) + 1
     assert all(0 <= number < 1 << 32 for number in changed)
-    said = struct.pack("<10I", 1, 16, *[40] * 8)  # bfloat16, page_tokens, the channels of the lines
+    said = struct.pack("<10I", 1, 16, *[24] * 8)  # bfloat16, page_tokens, the channels of the lines
     assert digest("heads_first") == xxhash.xxh3_64_intdigest(said) & 0xFFFFFFFF
 
 

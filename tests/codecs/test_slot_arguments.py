@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "huge": (ValueError, "4 GiB.*fewer", lambda: SlotCodec(kv_of(), Lossless(), 1 << 20, 8192)),
     "slot step": (ValueError, "8200.*16", lambda: SlotCodec(kv_of(), Lossless(), 5, 8200)),
     "slot too small": (ValueError, "slot_bytes=128.*16 tiles.*256", lambda: SlotCodec(kv_of(), Lossless(), 5, 128)),
-    "raw too small": (ValueError, "slot_bytes=8192.*51456", lambda: SlotCodec(kv_of(), Raw(), 5, 8192)),
+    "raw too small": (ValueError, "slot_bytes=8192.*30976", lambda: SlotCodec(kv_of(), Raw(), 5, 8192)),
     "overflow": (ValueError, "on_overflow='grow'.*relax", lambda: SlotCodec(kv_of(), Lossless(), 5, 8192, "grow")),
     "relaxations": (ValueError, "max_relaxations=65", lambda: SlotCodec(kv_of(), ABSOLUTE, 5, 8192, "relax", 65)),
     "negative": (ValueError, "max_relaxations=-1", lambda: SlotCodec(kv_of(), ABSOLUTE, 5, 8192, "relax", -1)),

@@ -72,7 +72,7 @@ class Engine:
         heads: int = 2,
         pages: int = 10,
         page_tokens: int = 16,
-        head_dim: int = 40,
+        head_dim: int = 24,
         device: str = "cpu",
     ) -> None:
         self.memory: list[Tensor] = []
