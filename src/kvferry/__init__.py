@@ -11,8 +11,16 @@ from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.raw import Raw
 from kvferry.codecs.slots import SlotCodec, decode_from_slots, encode_into_slots
-from kvferry.errors import BoundTooTight, CorruptFrame, KVFerryError, OutOfHostMemory, UnsupportedVersion
+from kvferry.errors import (
+    BoundTooTight,
+    CorruptFrame,
+    KVFerryError,
+    OutOfDeviceMemory,
+    OutOfHostMemory,
+    UnsupportedVersion,
+)
 from kvferry.pages import PagedKV
+from kvferry.pipeline import Transfers
 from kvferry.store import HostStore
 
 __version__ = "0.1.0"
@@ -27,10 +35,12 @@ __all__ = [
     "HostStore",
     "KVFerryError",
     "Lossless",
+    "OutOfDeviceMemory",
     "OutOfHostMemory",
     "PagedKV",
     "Raw",
     "SlotCodec",
+    "Transfers",
     "UnsupportedVersion",
     "codecs",
     "compress",

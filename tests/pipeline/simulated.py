@@ -108,6 +108,10 @@ class SimulatedMachine(Machine):
         while self.step():
             pass
 
+    def pending(self) -> set[Callable[[], None]]:
+        """The operations that are queued and have not run."""
+        return {operation for stream in self.streams for operation in stream.queue if callable(operation)}
+
     def steps(self, count: int) -> None:
         for _ in range(count):
             self.step()

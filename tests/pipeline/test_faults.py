@@ -20,7 +20,9 @@ def test_a_launch_that_fails_half_way(seed: int, direction: str, fault: str) -> 
     scene, machine = Scene.make(seed=seed), SimulatedMachine(seed)
     transfers, codec = open_transfers(machine, scene, rows=64)
     pages, original = chunk_pages(np.random.default_rng(seed), 30), scene.snapshot()
-    transfers.store(pages, range(30), names(30)).wait()
+    slots = np.arange(30)
+    slots[10:20] = slots[10:20][::-1]  # a copy for each: it may fail between two of them
+    transfers.store(pages, slots, names(30)).wait()
     transfers.finished()
     scene.wipe()
     if direction == "store":
@@ -33,7 +35,9 @@ def test_a_launch_that_fails_half_way(seed: int, direction: str, fault: str) -> 
         codec.fail_in = seed % 4
     else:
         machine.fail_copy_in = seed % 4
-    broken = submit(pages[10:20], range(10, 20), names(10, 10))
+    queued = machine.pending()
+    broken = submit(pages[10:20], slots[10:20], names(10, 10))
+    of_broken = machine.pending() - queued
     last = submit(pages[20:], range(20, 30), names(10, 20))
     assert machine.host_waits == waits
     transfers.wait([broken])
@@ -41,6 +45,7 @@ def test_a_launch_that_fails_half_way(seed: int, direction: str, fault: str) -> 
     assert "refused" in str(broken.result().error)
     assert not broken.result().ok
     # A failed job has come to rest too: what it used may be used again.
+    assert not of_broken & machine.pending()
     settled = (scene.slots[10:20].clone(), [layer[pages[10:20].reshape(-1)].clone() for layer in scene.layers])
     transfers.wait([first, last])
     assert torch.equal(scene.slots[10:20], settled[0])
@@ -49,14 +54,26 @@ def test_a_launch_that_fails_half_way(seed: int, direction: str, fault: str) -> 
     assert first.result().ok and last.result().ok
     assert transfers.finished() == [first, broken, last]
     if direction == "store":
-        again = transfers.store(pages[10:20], range(10, 20), names(10, 10))
+        again = transfers.store(pages[10:20], slots[10:20], names(10, 10))
         again.wait()
         assert again.result().ok
         scene.wipe()
-        transfers.load(pages, range(30), names(30)).wait()
+        transfers.load(pages, slots, names(30)).wait()
         assert scene.same(original, pages)
     else:
         assert scene.same(original, np.concatenate([pages[:10], pages[20:]]))
+
+
+def test_a_failed_load_is_not_over_before_its_last_copy():
+    scene, machine = Scene.make(), SimulatedMachine()
+    transfers, _ = open_transfers(machine, scene)
+    coder = transfers._load_lane._coder
+    machine.favourites = ("caller", coder.name)  # type: ignore[attr-defined]
+    machine.fail_copy_in = 1  # after half of the first bite
+    job = transfers.load(chunk_pages(np.random.default_rng(0), 3), [5, 9, 7], names(3))
+    job.wait()
+    assert "refused" in str(job.result().error)
+    assert not machine.pending()
 
 
 def test_a_device_that_is_lost_fails_every_job_but_hangs_none():

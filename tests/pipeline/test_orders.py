@@ -164,6 +164,32 @@ def test_cancelling(seed: int) -> None:
         assert scene.same(original, pages[jobs.index(job) * 10 :][:10])
 
 
+def test_a_job_that_has_not_started_is_dropped():
+    scene, machine = Scene.make(), SimulatedMachine()
+    transfers, _ = open_transfers(machine, scene, jobs_in_flight=1)
+    pages = chunk_pages(np.random.default_rng(0), 4)
+    before = scene.slots.clone()
+    first, second = (transfers.store(pages[i : i + 2], [i, i + 1], names(2, i)) for i in (0, 2))
+    assert second.cancel()
+    assert second.done() and second.result().cancelled
+    assert transfers.finished() == [], "the first comes first"
+    transfers.close()
+    assert transfers.finished() == [first, second]
+    assert first.result().ok and not first.cancel()
+    assert torch.equal(scene.slots[2:], before[2:])
+
+
+def test_what_has_not_started_of_a_job_is_dropped():
+    scene, machine = Scene.make(), SimulatedMachine()
+    transfers, _ = open_transfers(machine, scene, rows=16, jobs_in_flight=1)  # parts of 4 chunks
+    job = transfers.store(chunk_pages(np.random.default_rng(0), 12), range(12), names(12))
+    assert not job.cancel()
+    assert not job.done()
+    job.wait()
+    assert job.result().cancelled
+    assert bool(scene.slots[:4, 0].all()) and not scene.slots[4:].any()
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("fused", [(True, True), (True, False), (False, True)])
 def test_fused_directions(seed: int, fused: tuple[bool, bool]) -> None:

@@ -47,6 +47,16 @@ def test_a_round_trip_is_done_when_it_is_submitted(codec: kvferry.Codec) -> None
         assert error <= 0.05 or codec.relative  # type: ignore[attr-defined]
 
 
+def test_pages_left_out_of_a_store_are_zeros():
+    scene = Scene.make(kvferry.Lossless())
+    original = scene.snapshot()
+    transfers = Transfers(scene.codec, scene.slots)
+    assert transfers.store([[4, -1]], [0], names(1)).result().raw_bytes == scene.codec.kv.page_bytes
+    assert transfers.load([[8, 9]], [0], names(1)).result().ok
+    for layer, before in zip(scene.layers, original, strict=True):
+        assert torch.equal(layer[8], before[4]) and not layer[9].any()
+
+
 def test_pages_left_out_of_a_load_stay():
     scene = Scene.make()
     pages, original = chunk_pages(np.random.default_rng(1), 4), scene.snapshot()
@@ -79,8 +89,8 @@ def test_rows_with_gaps_on_the_cpu():
         ([[0, 1], [2, 3]], [0, 1, 2], names(3), r"pages has the shape \(2, 2\); for 3 slots pass \(3, 2\)"),
         ([[0, 1]], [[0]], names(1), r"slots has the shape \(1, 1\); for 1 slots pass \(1,\)"),
         ([[0, 1]], [0], names(2), r"identities has the shape \(2, 2\)"),
-        ([[0, PAGES]], [0], names(1), rf"pages holds {PAGES}; there are pages 0 to {PAGES - 1}"),
-        ([[-1, 0]], [0], names(1), r"pages holds -1; there are pages 0 to"),
+        ([[0, PAGES]], [0], names(1), rf"pages holds {PAGES}; there are pages -1 to {PAGES - 1}"),
+        ([[-2, 0]], [0], names(1), r"pages holds -2; there are pages -1 to"),
         ([[0, 1]], [40], names(1), r"slots holds 40; there are slots 0 to 39"),
         ([[0, 1]], [-1], names(1), r"slots holds -1"),
         ([[0, 1], [2, 3]], [5, 5], names(2), r"slots names a slot twice"),

@@ -3,6 +3,7 @@
 import typer
 
 from kvferry.cli.bench import bench
+from kvferry.cli.bench_pipeline import pipeline
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
 from kvferry.cli.inspect import inspect
@@ -17,6 +18,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(inspect)
 app.command()(doctor)
+bench.command()(pipeline)
 app.add_typer(bench)
 
 

@@ -48,7 +48,6 @@ class Lane(ABC):
 
     direction: ClassVar[Direction]
     coder_has_priority: ClassVar[bool]
-    page_for_trial: ClassVar[int]
 
     def __init__(self, machine: Machine, codec: SlotCodec, slots: Tensor, settings: Settings, staged: bool) -> None:
         self._machine, self._codec, self._slots, self._settings = machine, codec, slots, settings
@@ -141,9 +140,9 @@ class Lane(ABC):
 
     def warm_up(self) -> None:
         """Run the coder once on as many chunks as a bite has, so that no job meets a kernel's compilation or a first
-        allocation. No slot and no page is written."""
+        allocation. No page is read or written, and no slot of the host."""
         count = self._bite if self._staging is not None else 1
-        pages = np.full((count, self._codec.chunk_pages), self.page_for_trial, dtype=np.int32)
+        pages = np.full((count, self._codec.chunk_pages), -1, dtype=np.int32)
         index = np.arange(count, dtype=np.int32)
         memory = self._staging.slots if self._staging is not None else self._scratch_slot()
         rows = self._table.take(count)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvferry.format.slot import MAGIC, SlotState, SlotStatus, are_headers
 from kvferry.observe.nvtx import nvtx_range
-from kvferry.pipeline.bites import Bite, growing, runs_of, shrinking
+from kvferry.pipeline.bites import Bite, Runs, growing, runs_of, shrinking
 from kvferry.pipeline.job import Direction
 from kvferry.pipeline.lane import Lane, Part
 from kvferry.pipeline.machine import Stream
@@ -51,7 +51,6 @@ class StoreLane(_Path):
 
     direction: ClassVar[Direction] = "store"
     coder_has_priority = False
-    page_for_trial = 0
     _cut = staticmethod(growing)
 
     def __init__(self, *args: object) -> None:
@@ -77,14 +76,17 @@ class StoreLane(_Path):
         coder, copier = self._coder, self._copier
         bites, places = self._places(part, staging)
         self._start_coder(part, places)
-        moves = runs_of(bites, self._slots_of(part), places)
-        for bite, hold, runs in zip(bites, part.holds, moves, strict=True):
+        moves: list[Runs] = []
+        for number, (bite, hold) in enumerate(zip(bites, part.holds, strict=True)):
             if hold.behind is not None and hold.behind.freed is not None:
                 coder.wait_event(hold.behind.freed)
             self._encode(part, bite, staging.slots)
             encoded = self._event(part)
             encoded.record(coder)
             copier.wait_event(encoded)
+            # Not before the first bite is on its way.
+            moves = moves or runs_of(bites, self._slots_of(part), places)
+            runs = moves[number]
             with nvtx_range("kvferry.store.copy"):
                 begin = self._begin(copier)
                 self._machine.copy_rows(self._slots, runs.host, staging.slots, runs.ring, runs.lengths, copier)
@@ -130,7 +132,6 @@ class LoadLane(_Path):
 
     direction: ClassVar[Direction] = "load"
     coder_has_priority = True
-    page_for_trial = -1
     _cut = staticmethod(shrinking)
 
     def _streams(self) -> list[Stream]:
@@ -153,16 +154,17 @@ class LoadLane(_Path):
     def _queue_staged(self, part: Part, staging: StagingRing) -> None:
         coder, copier = self._coder, self._copier
         bites, places = self._places(part, staging)
-        self._send_table(part, places, copier)
         moves = runs_of(bites, self._slots_of(part), places)
         # Slots are in host memory already: copying them need not wait for what `after` waits for.
-        for bite, hold, runs in zip(bites, part.holds, moves, strict=True):
+        for number, (bite, hold, runs) in enumerate(zip(bites, part.holds, moves, strict=True)):
             if hold.behind is not None and hold.behind.freed is not None:
                 copier.wait_event(hold.behind.freed)
             with nvtx_range("kvferry.load.copy"):
                 begin = self._begin(copier)
                 self._machine.copy_rows(staging.slots, runs.ring, self._slots, runs.host, runs.lengths, copier)
                 self._lap(part, "copy", begin, copier)
+            if number == 0:  # behind the first bite, which is what the wire can start with
+                self._send_table(part, places, copier)
             self._step(part)
             self._decode(part, bite, staging.slots)
             if hold.freed is not None:

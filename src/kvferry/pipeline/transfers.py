@@ -82,7 +82,7 @@ class Transfers:
     def store(
         self, pages: Integers, slots: Integers, identities: Integers, *, after: torch.cuda.Stream | None = None
     ) -> Job:
-        """Encode chunk i, the pages `pages[i]`, into slot `slots[i]`.
+        """Encode chunk i, the pages `pages[i]` (zeros where that is -1), into slot `slots[i]`.
 
         `pages` int `[chunks, chunk_pages]`, `slots` int `[chunks]`, each slot once, `identities` uint64 `[chunks, 2]`:
         what names the chunk, and must be given again to load it. The arrays are copied. Raises `ValueError` for pages
@@ -153,7 +153,7 @@ class Transfers:
             if given.size and given.dtype.kind not in "iu":
                 raise ValueError(f"{name} holds {given.dtype}; pass integers")
         if chunks:
-            _check_range("pages", table, -1 if direction == "load" else 0, codec.kv.num_pages)
+            _check_range("pages", table, -1, codec.kv.num_pages)
             _check_range("slots", index, 0, len(self.slots))
             ordered = np.sort(index)
             if direction == "store" and bool((ordered[1:] == ordered[:-1]).any()):
