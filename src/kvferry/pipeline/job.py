@@ -23,9 +23,10 @@ class JobResult:
     `statuses` why: their pages or slots must not be used. With `error` (nothing of the job is to be used) or
     `cancelled`, they list only what was found out. `ok`: every chunk arrived.
 
-    Bytes: `raw_bytes` of the pages moved; `encoded_bytes` of header, directory and payload of their slots (a whole slot
-    crosses the wire, used or not). `relaxed` chunks were coded at a doubled bound, `rejected` ones fit no slot. Seconds
-    are summed over the job's bites, with `timing=True` only; stages overlap, so they add up to more than the job took.
+    Bytes, of chunks that arrived: `raw_bytes` of their pages; `encoded_bytes` of header, directory and payload of their
+    slots (a whole slot crosses the wire, used or not). `relaxed` chunks were coded at a doubled bound, `rejected` ones
+    fit no slot. Seconds are summed over the job's bites, with `timing=True` only; stages overlap, so they add up to
+    more than the job took.
     """
 
     error: Exception | None = None

@@ -53,6 +53,7 @@ class Lane(ABC):
         self._machine, self._codec, self._slots, self._settings = machine, codec, slots, settings
         self._host_slots = slots.numpy()
         self._lock = threading.RLock()
+        self._closed = False
         rows = settings.table_rows(codec.chunk_pages)
         self._table = ChunkTable(machine, rows, codec.chunk_pages, statuses=self.direction == "load")
         chunk_bytes = codec.kv.page_bytes * codec.chunk_pages
@@ -74,8 +75,11 @@ class Lane(ABC):
     # -- what jobs and Transfers call ---------------------------------------------------------------------------------
 
     def submit(self, job: Job, after: Any) -> None:
-        """Queue `job` behind what is on the stream `after` by now, and launch what there is room for."""
+        """Queue `job` behind what is on the stream `after` by now, and launch what there is room for. Raises
+        `ValueError` once the lane is closed."""
         with self._lock:
+            if self._closed:
+                raise ValueError("these Transfers are closed: make new ones")
             self._waiting.append(job)
             self._unreported.append(job)
             try:
@@ -132,8 +136,9 @@ class Lane(ABC):
             return job.complete
 
     def close(self) -> None:
-        """Return when every job is over."""
+        """Return when every job is over, and take no more."""
         with self._lock:
+            self._closed = True
             jobs = list(self._unreported)
         for job in jobs:
             self.wait(job)
@@ -249,7 +254,8 @@ class Lane(ABC):
         good = records[statuses == SlotStatus.GOOD]
         failed = np.flatnonzero(statuses)
         tally.failed += [(part.first + int(i), SlotStatus(int(statuses[i]))) for i in failed]
-        tally.raw_bytes += int(np.count_nonzero(pages >= 0)) * self._codec.kv.page_bytes
+        arrived = pages[statuses == SlotStatus.GOOD] >= 0
+        tally.raw_bytes += int(np.count_nonzero(arrived)) * self._codec.kv.page_bytes
         tally.encoded_bytes += HEADER_BYTES * len(good) + int(
             np.sum(good["num_tiles"], dtype=np.int64) * DIRECTORY_BYTES + np.sum(good["payload_bytes"], dtype=np.int64)
         )

@@ -108,9 +108,9 @@ class Transfers:
 
     def close(self) -> None:
         """Return when every job is over, and take no more. Jobs can still be asked for their results."""
-        self._closed = True
         self._store_lane.close()
         self._load_lane.close()
+        self._closed = True
 
     def __enter__(self) -> "Transfers":
         return self
@@ -129,8 +129,6 @@ class Transfers:
     def _submit(
         self, lane: Lane, direction: Direction, pages: Integers, slots: Integers, identities: Integers, after: Any
     ) -> Job:
-        if self._closed:
-            raise ValueError("these Transfers are closed: make new ones")
         table, index, names = self._checked(direction, pages, slots, identities)
         job = Job(lane, next(self._ids), direction, table, index, names)
         lane.submit(job, after if after is not None else self._machine.current_stream())
