@@ -3,11 +3,6 @@
 import os
 
 import torch
-
-if not torch.cuda.is_available():
-    # Triton decides when it is imported whether its functions run in the interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from hypothesis import HealthCheck, settings
 
 # One for each of pytest-xdist's workers: more threads than cores spend their time waiting for each other.

@@ -1,6 +1,6 @@
 """kvferry: KV cache compressed on its way between GPU and host, bit-identical or within a bound that you set.
 
-Importing this needs PyTorch, NumPy and xxhash only; neither a GPU, Triton, transformers nor vLLM.
+Importing this needs PyTorch, NumPy and xxhash only; neither a GPU, NVRTC, transformers nor vLLM.
 """
 
 from kvferry.api import FrameInfo, compress, decompress, inspect

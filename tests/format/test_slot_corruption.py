@@ -233,7 +233,8 @@ class TestCorruption:
         check(codec, place, slots, [5] * len(slots), bad)
 
     def test_random_contents_stay_in_their_pages(self, codec: Codec, place: str) -> None:
-        """Whatever a tile with a checksum that is right holds, other tiles come back and other pages stay."""
+        """Whatever a tile with a checksum that is right holds, other tiles come back and other pages stay. A GPU writes
+        while it decodes: of such a tile, which only a forger makes, it may leave anything in the tile's own place."""
         _, slot_codec, slot = small(codec, place)
         parts, rng = take_apart(slot), random.Random(4)
         reference = engine_of(place)
@@ -253,7 +254,7 @@ class TestCorruption:
             found, expected = chunk_rows(fresh.read(), PAGES[0]), right.clone()
             start, end = TILE_ROWS[tile // 2]
             bad = found[tile % 2, start:end]
-            assert status == [SlotStatus.GOOD] or (bad == poison).all()
+            assert place != "cpu" or status == [SlotStatus.GOOD] or (bad == poison).all()
             expected[tile % 2, start:end] = bad
             assert torch.equal(found, expected)
 

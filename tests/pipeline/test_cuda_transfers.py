@@ -187,7 +187,7 @@ def test_bad_slots_fail_alone() -> None:
 @pytest.mark.parametrize("on_overflow", ["relax", "reject"])
 def test_chunks_that_do_not_fit(on_overflow: str) -> None:
     codec = kvferry.Bounded(1e-3, relative=False)
-    scene = Scene.make(codec, ratio=4.0, device="cuda", on_overflow=on_overflow)
+    scene = Scene.make(codec, ratio=3.0, device="cuda", on_overflow=on_overflow)
     for layer in scene.layers:
         layer[:8] = 0
     transfers = Transfers(scene.codec, scene.slots, settings=small(scene, timing=True))

@@ -9,8 +9,8 @@ import kvferry
 
 ENABLES = {
     "torch": "everything",
-    "triton": "GPU kernels (bounded, lossless with bitpack)",
-    "cuda-bindings": "GPU kernels for the ans packer, compiled at run time",
+    "cuda-bindings": "GPU kernels, compiled at run time; copies between host and GPU",
+    "nvidia-cuda-nvrtc": "the compiler of the GPU kernels",
     "transformers": "HostStore.put_cache and restore_cache, kvferry demo",
     "matplotlib": "the demo's plot",
 }

@@ -17,11 +17,11 @@ def one_of(name: str, value: object, options: Iterable[str], *, corrupt: bool = 
     raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, options))}")
 
 
-def gpu_kernels(part: str = "") -> ModuleType:
-    """`kvferry.codecs.fused`, or its module `part`. Raises `ImportError` naming the remedy where Triton or the CUDA
-    bindings are missing."""
+def gpu_kernels(part: str) -> ModuleType:
+    """The module `part` of `kvferry.codecs.fused`. Raises `ImportError` naming the remedy where the CUDA bindings are
+    missing."""
     try:
-        return import_module("kvferry.codecs.fused" + (part and f".{part}"))
+        return import_module(f"kvferry.codecs.fused.{part}")
     except ImportError as error:
         raise ImportError(
             f"a CUDA tensor needs the GPU kernels ({error}); pip install 'kvferry[gpu]', or use a CPU tensor"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-PACKAGES = ("kvferry", "torch", "transformers", "triton", "cuda-bindings", "numpy")
+PACKAGES = ("kvferry", "torch", "transformers", "cuda-bindings", "numpy")
 HEADINGS = (
     "bits/\nvalue",
     "ratio",

@@ -80,7 +80,8 @@ class SlotStatus(IntEnum):
     REJECTED = 4
     """The chunk did not fit when it was stored."""
     CORRUPT = 5
-    """A tile's place, checksum or contents are wrong; the values of such tiles were left alone."""
+    """A tile's place, checksum or contents are wrong; the values of such tiles were left alone (on a
+    GPU, of tiles whose checksum is wrong: of one that a forger gave a right checksum, anything may lie in its place)."""
 
 
 @dataclass(frozen=True)

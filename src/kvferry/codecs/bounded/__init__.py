@@ -74,7 +74,8 @@ class Bounded(Codec):
     def encode(self, tensor: Tensor) -> Encoded:
         target, plan = plan_tensor(tensor, self.flat)
         if tensor.is_cuda:
-            return Encoded(*gpu_kernels().encode_bounded(target, plan, self, self._header))
+            sizes, payload, bound_used = gpu_kernels("frames").encode_bounded(target, plan, self)
+            return Encoded(self._header(tensor, bound_used), sizes, payload)
         steps = self.tile_steps(target, plan)
         channel_steps = self._bound_kind == "channel"
         layout = reference.layout(tensor.dtype, self.mode, channel_steps)
@@ -157,7 +158,7 @@ class Bounded(Codec):
         one_of("mode", header.mode, reference.BASES, corrupt=True)
         one_of("packing", header.packing, PACKERS, corrupt=True)
         if out.is_cuda:
-            gpu_kernels().decode_bounded(frame, out)
+            gpu_kernels("frames").decode(frame, out)
             return
         layout = reference.layout(header.dtype, header.mode, header.relative_to == "channel")
         packer = PACKERS[header.packing]

@@ -40,7 +40,7 @@ class Lossless(Codec):
         target, plan = plan_tensor(tensor, flat=False)
         split = SPLITS[tensor.dtype]
         if tensor.is_cuda:
-            return Encoded(header, *gpu_kernels().encode_lossless(target, plan, self.packing))
+            return Encoded(header, *gpu_kernels("frames").encode_lossless(target, plan, self.packing))
         coded = tiles.encode_tiles(
             target, plan, split.layout(), PACKERS[self.packing], lambda bits, _: to_columns(bits, split)
         )
@@ -55,7 +55,7 @@ class Lossless(Codec):
         split = SPLITS[frame.header.dtype]
         one_of("packing", frame.header.packing, PACKERS, corrupt=True)
         if out.is_cuda:
-            gpu_kernels().decode_lossless(frame, out)
+            gpu_kernels("frames").decode(frame, out)
             return
         packer = PACKERS[frame.header.packing]
         tiles.decode_tiles(frame, False, split.layout(), packer, lambda decoded: to_bits(decoded, split), out)

@@ -1,0 +1,188 @@
+// Bases and classes of a tile's groups, and where its sections lie. Behind quantise.cu.
+
+constexpr int NUM_GROUPS = TILE_TOKENS / GROUP;  // of a channel, at most
+
+// max(1, floor(1.5 * (log2(variance) + 7))), from the float's bits; 0 where nothing varies.
+__device__ int spread_class(i64 spread, int tokens) {
+    if (spread == 0) return 0;
+    u32 bits = __float_as_uint(__fdiv_rn(__ll2float_rn(spread), (float)(tokens * tokens)));
+    int octave = (int)(bits >> 23) - 127 + 7;
+    u32 threshold = octave & 1 ? 2180376u : 4927478u;
+    int c = ((3 * octave) >> 1) + ((bits & 0x7fffffu) >= threshold);
+    return max(1, min(c, MAX_CLASS));
+}
+
+__device__ int reach_class(int c, int largest, const int *radius) {
+    while (radius[c] < largest) ++c;
+    return c;
+}
+
+__device__ __forceinline__ int bit_width(u32 v) { return 32 - __clz(v); }
+__device__ __forceinline__ u32 zigzag(int v) { return (u32)(v << 1) ^ (u32)(v >> 31); }
+
+__device__ __forceinline__ int small_code(u32 largest) {
+    return largest == 0 ? 0 : largest < 16 ? 1 : largest < 256 ? 2 : largest < 65536 ? 3 : 4;
+}
+
+// Base and class (ans) or width (bitpack) of each group of a lane's channels, by the rules of packing/.
+template <int CPL>
+struct Choice {
+    int base[NUM_GROUPS][CPL], klass[NUM_GROUPS][CPL];
+    u32 apart;  // bit CPL*b + k: group b of channel k is kept apart
+
+    __device__ __forceinline__ bool has_base(int b, int k) const { return KVF_BASES == ALL || (KVF_BASES == APART && apart >> (CPL * b + k) & 1); }
+    __device__ __forceinline__ int stored(int b, int k) const {
+        return KVF_BASES == APART ? 2 * klass[b][k] + (apart >> (CPL * b + k) & 1) : klass[b][k];
+    }
+    // Raw bits a value has in the group's dense stream.
+    __device__ __forceinline__ int width(int b, int k) const {
+        if constexpr (!ANS) return klass[b][k];
+        int table, shift;
+        table_and_shift(klass[b][k], table, shift);
+        return shift;
+    }
+
+    // ---- the rules, from sums over a group's `length` tokens ----
+    __device__ __forceinline__ void centre(int b, int k, int length, int origin, i64 sum, i64 squares) {  // values: origin + what was summed
+        const i64 numerator = 2 * sum + length;
+        base[b][k] = origin + (int)(numerator / (2 * length)) - (numerator % (2 * length) < 0);
+        klass[b][k] = spread_class(length * squares - sum * sum, length);
+    }
+    __device__ __forceinline__ void range(int b, int k, int least, int most) {
+        base[b][k] = least;
+        klass[b][k] = bit_width((u32)(most - least));
+    }
+    // First differences: `first`, and of the others the sum of squares and the largest magnitude (ans) or zigzag code (bitpack).
+    __device__ __forceinline__ void differences(int b, int k, int length, int first, i64 squares, u32 reach, const int *radius) {
+        base[b][k] = 0;
+        int whole, without = 0;
+        if constexpr (ANS) {
+            whole = reach_class(spread_class(length * (squares + (i64)first * first), length), max((int)reach, abs(first)), radius);
+            if (KVF_BASES == APART) without = reach_class(spread_class(length * squares, length), (int)reach, radius);
+        } else {
+            whole = bit_width(max(reach, zigzag(first)));
+            without = bit_width(reach);
+        }
+        klass[b][k] = whole;
+        // 16 bits a group kept apart; a class of `ans` is a third of a bit a token.
+        if (KVF_BASES == APART && (whole - without) * length > (ANS ? 48 : 16)) {
+            apart |= 1u << (CPL * b + k);
+            klass[b][k] = without;
+            base[b][k] = first;
+        }
+    }
+};
+
+// The general way: every value through the whole quantiser, codes of any size.
+template <int CPL>
+__device__ __noinline__ Choice<CPL> choose_slowly(const Rows<CPL> rows, int tokens, const Quantisers<CPL> quantisers, const int *radius) {
+    const Quantiser(&quantiser)[CPL] = quantisers.each;
+    Choice<CPL> choice;
+    choice.apart = 0;
+#pragma unroll
+    for (int b = 0; b < NUM_GROUPS; ++b) {
+        const int length = min(GROUP, tokens - b * GROUP);
+        i64 sum[CPL], squares[CPL];
+        int first[CPL], previous[CPL], least[CPL], most[CPL];
+        u32 reach[CPL];
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            sum[k] = squares[k] = first[k] = previous[k] = reach[k] = choice.base[b][k] = choice.klass[b][k] = 0;
+            least[k] = 0x7fffffff;
+            most[k] = -0x7fffffff - 1;
+        }
+        if (length <= 0) continue;
+#pragma unroll 1
+        for (int t = b * GROUP; t < b * GROUP + length; ++t) {
+            u32 row[Rows<CPL>::PACKED];
+            rows.load_row(t, row);
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+                const u32 word = Rows<CPL>::value(row, k);
+                bool exact;
+                // The centre comes from first guesses, everything else from the codes that are written.
+                const int q = ANS && !DELTA ? first_guess(word, quantiser[k]) : quantise(word, quantiser[k], exact);
+                if (DELTA) {
+                    const int r = t == b * GROUP ? 0 : q - previous[k];
+                    if (t == b * GROUP) first[k] = q;
+                    previous[k] = q;
+                    squares[k] += (i64)r * r;
+                    reach[k] = max(reach[k], ANS ? (u32)abs(r) : zigzag(r));
+                } else if (ANS) {
+                    sum[k] += q;
+                    squares[k] += (i64)q * q;
+                } else {
+                    least[k] = min(least[k], q);
+                    most[k] = max(most[k], q);
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            if (DELTA) choice.differences(b, k, length, first[k], squares[k], reach[k], radius);
+            else if (ANS) choice.centre(b, k, length, 0, sum[k], squares[k]);
+            else choice.range(b, k, least[k], most[k]);
+        }
+    }
+    return choice;
+}
+
+// Where the sections of a tile lie, as far as it does not depend on the coder.
+template <int CPL>
+struct Layout {
+    int least_class, least_base, num_groups, num_bases, low_words;
+    int class_code, base_code;
+    int planes_at, steps_at, classes_at, bases_at, low_at, words_at;
+    int bases_before[NUM_GROUPS], low_before[NUM_GROUPS];  // of this lane's groups
+
+    __device__ __forceinline__ Layout(const Choice<CPL> &choice, int tokens, int channels, int count, int lane) {
+        int most_class = 0, most_base = -0x7fffffff - 1;
+        least_class = 0x7fffffff;
+        least_base = 0x7fffffff;
+        num_bases = low_words = 0;
+        const int blocks = (tokens + GROUP - 1) / GROUP;
+        num_groups = blocks * channels;
+#pragma unroll
+        for (int b = 0; b < NUM_GROUPS; ++b) {
+            int my_bases = 0, my_words = 0, bases, words;
+            if (b >= blocks) break;
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+                if (k >= count) continue;
+                least_class = min(least_class, choice.stored(b, k));
+                most_class = max(most_class, choice.stored(b, k));
+                if (choice.has_base(b, k)) {
+                    ++my_bases;
+                    least_base = min(least_base, choice.base[b][k]);
+                    most_base = max(most_base, choice.base[b][k]);
+                }
+                my_words += stream_words(min(GROUP, tokens - b * GROUP), choice.width(b, k));
+            }
+            if (KVF_BASES == ALL) {
+                bases_before[b] = b * channels + lane * CPL;
+                bases = channels;
+            } else {
+                bases_before[b] = num_bases + exclusive_sum(my_bases, lane, bases);
+            }
+            words = 0;
+            low_before[b] = low_words;
+            if (__any_sync(FULL, my_words)) low_before[b] += exclusive_sum(my_words, lane, words);
+            num_bases += bases;
+            low_words += words;
+        }
+        least_class = warp_min(least_class);
+        most_class = warp_max(most_class);
+        least_base = warp_min(least_base);
+        most_base = warp_max(most_base);
+        if (num_bases == 0) least_base = most_base = 0;
+        class_code = small_code(most_class - least_class);
+        base_code = small_code((u32)most_base - (u32)least_base);
+        const int lanes = (channels + CPL - 1) / CPL;
+        planes_at = 16 + (ANS ? 4 * lanes : 0);
+        steps_at = planes_at + pad4(PLANES * tokens * channels);
+        classes_at = steps_at + (CHANNEL_STEPS ? pad4(2 * channels) : 0);
+        bases_at = classes_at + pad4((num_groups * small_bits(class_code) + 7) / 8);
+        low_at = bases_at + pad4((num_bases * small_bits(base_code) + 7) / 8);
+        words_at = low_at + 4 * low_words;
+    }
+};

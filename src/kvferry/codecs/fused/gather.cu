@@ -1,0 +1,342 @@
+// Tensor to bytes: a tile's values as one byte each in shared memory, with bases and classes on the way. Behind choose.cu.
+//
+// A channel's codes nearly always lie within 127 of its first one, so a byte holds the distance. Where they do not, or where
+// a value is special (NaN, infinity, denormal, negative zero), the tile takes the slow way: its values go through the whole quantiser
+// each time they are needed. Four tokens of a channel share a word: word (t/4 * 32 + lane) * CPL + k.
+
+// Bytes of the lossless split, and its other direction: value + ORIGIN.
+constexpr int ORIGIN = LOSSLESS ? (int)(EXPONENT_MASK << LOW_BITS) : 0;
+
+// Shared memory of a warp.
+constexpr int CODE_BYTES = TILE_TOKENS * 128, EXACT_WORDS = TILE_TOKENS * 128 / 32;
+// `small`: the list of repairs, then classes and behind them bases of all groups; ORIGINS_AT: what the bytes of each channel are counted from.
+constexpr int BASES_AT = 128 * NUM_GROUPS, ORIGINS_AT = 2 * BASES_AT, SMALL_WORDS = ORIGINS_AT + 128;
+constexpr int STAGE_BYTES = CODE_BYTES + 4 * EXACT_WORDS + 4 * SMALL_WORDS;
+
+struct Stage {
+    u32 codes;   // address: CODE_BYTES
+    u32 *exact;  // a bit for each value: stored in its own bits
+    u32 *small;  // what few lanes need, or not soon: SMALL_WORDS
+};
+
+__device__ __forceinline__ void mark_exact(const Stage &stage, int position) { atomicOr(stage.exact + (position >> 5), 1u << (position & 31)); }
+
+__device__ __forceinline__ u32 dot4(u32 a, u32 b, u32 sum) {
+    asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
+// A number that is small, but not 0, for the values that must be stored in their own bits: below SPECIAL_BELOW after 1 is taken off.
+#if KVF_ITEM == 2 && KVF_EXPONENT == 8
+constexpr u32 SPECIAL_BELOW = 0x00ffffffu;  // of the float's bits, as bfloat16's lie in their upper half
+#else
+constexpr u32 SPECIAL_BELOW = (MANTISSA_MASK << 1) | 1;
+#endif
+__device__ __forceinline__ u32 special_key(u32 word, float x) {
+#if KVF_ITEM == 2 && KVF_EXPONENT == 8
+    const u32 bits = __float_as_uint(x);
+    return __funnelshift_l(bits, bits, 1);
+#elif KVF_ITEM == 4
+    return __funnelshift_l(word, word, 1);
+#else
+    return ((word << 1) | (word >> TOP_BIT)) & (FULL >> (32 - 8 * KVF_ITEM));
+#endif
+}
+
+// What the bytes of a lane's channels are counted from, and what became of them.
+template <int CPL>
+struct Gathered {
+    int origin[CPL];  // code = byte + origin
+    bool fast, any_exact;
+};
+
+// Rows with values whose nearest code may miss the bound are listed, and looked at after the rest: few, but each waits for memory.
+constexpr int REPAIRS = ORIGINS_AT - 1;  // small[REPAIRS] counts them; an entry is token << 8 | lane
+
+__device__ __noinline__ void list_repairs(u32 *small, int t0, u32 missed, int lane) {
+#pragma unroll 1
+    for (; missed; missed &= missed - 1) {
+        const u32 i = atomicAdd(small + REPAIRS, 1u);
+        if (i < REPAIRS) small[i] = (u32)(t0 + __ffs(missed) - 1) << 8 | lane;
+    }
+}
+
+// Gives what misses the bound the next code, or marks it to be stored in its own bits. False where a byte cannot hold a code, or the list is full.
+template <int CPL>
+__device__ __noinline__ bool repair(int index, const Quantisers<CHANNEL_STEPS ? CPL : 1> quantisers, const Stage stage, int lane, bool &any_exact) {
+    const Source &s = the_source;
+    const Tile tile(s, index);
+    const int count = (int)stage.small[REPAIRS];
+    if (count > REPAIRS) return false;
+    bool good = true;
+#pragma unroll 1
+    for (int first = 0; first < count; first += 32) {
+        const bool mine = first + lane < count;
+        const u32 entry = mine ? stage.small[first + lane] : 0;
+        const int owner = entry & 31, t = entry >> 8;
+        const u8 *row = mine ? tile.row(s, t) : nullptr;
+        float x[CPL];
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) x[k] = row && owner * CPL + k < tile.channels ? as_float(*(const word_t *)(row + (owner * CPL + k) * tile.channel_bytes)) : 0.0f;
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            const int c = owner * CPL + k;
+            Quantiser q = quantisers.each[CHANNEL_STEPS ? k : 0];
+            if (CHANNEL_STEPS) {
+                q.step = __shfl_sync(FULL, q.step, owner);
+                q.bound = __shfl_sync(FULL, q.bound, owner);
+            }
+            if (!row || c >= tile.channels) continue;
+            const u32 address = stage.codes + ((t / 4 * 32 + owner) * CPL + k) * 4 + t % 4;
+            const int byte = (int)load_shared_u8(address);
+            const float code = (float)(byte + (int)stage.small[ORIGINS_AT + c]);
+            if (fabsf(x[k] - deliver(code, q.step)) < q.bound) continue;
+            const int change = second_chance(x[k], code, q.step, q.bound);
+            if (change == 2) {
+                mark_exact(stage, t * tile.channels + c);
+                any_exact = true;
+            } else {
+                good &= (u32)(byte + change) < 256;
+                store_shared_u8(address, (u32)(byte + change));
+            }
+        }
+    }
+    __syncwarp();
+    return good;
+}
+
+// Bases and classes from the bytes (`ans` in the mode `fixed` takes them from first guesses, on the way).
+template <int CPL>
+__device__ __forceinline__ void summarise(int tokens, const int *radius, const Stage &stage, int lane, const Gathered<CPL> &gathered, Choice<CPL> &choice) {
+    choice.apart = 0;
+#pragma unroll 1
+    for (int b = 0; b < NUM_GROUPS; ++b) {
+        const int length = min(GROUP, tokens - b * GROUP);
+        if (length <= 0) break;
+        u32 sum[CPL], squares[CPL], reach[CPL], least[CPL], most[CPL];
+        int first[CPL], previous[CPL];
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            sum[k] = squares[k] = reach[k] = most[k] = 0;
+            least[k] = 0x00ff00ffu;
+            first[k] = previous[k] = 0;
+        }
+#pragma unroll 1
+        for (int t0 = b * GROUP; t0 < b * GROUP + length; t0 += 4) {
+            u32 packed[CPL];
+            load_shared_words<CPL>(stage.codes + (t0 / 4 * 32 + lane) * CPL * 4, packed);
+            const int behind = max(0, t0 + 4 - tokens);
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+                if constexpr (DELTA) {
+                    if (t0 == b * GROUP) {
+                        first[k] = (int)(packed[k] & 255) + gathered.origin[k];
+                        previous[k] = packed[k] & 255;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int byte = __byte_perm(packed[k], 0, 0x4440 + i);
+                        int r = byte - previous[k];
+                        if (behind && i >= 4 - behind) r = 0;
+                        previous[k] = byte;
+                        if (ANS) squares[k] += (u32)(r * r);
+                        reach[k] = max(reach[k], ANS ? (u32)abs(r) : zigzag(r));
+                    }
+                } else {
+                    // Two bytes at a time; behind the last token its byte is taken again.
+                    u32 bytes = packed[k];
+                    if (behind) {
+                        const u32 last = (bytes >> (8 * (3 - behind)) & 255) * 0x01010101u, keep = FULL >> (8 * behind);
+                        bytes = (bytes & keep) | (last & ~keep);
+                    }
+                    const u32 even = bytes & 0x00ff00ffu, odd = bytes >> 8 & 0x00ff00ffu;
+                    least[k] = min_halves(min_halves(least[k], even), odd);
+                    most[k] = max_halves(max_halves(most[k], even), odd);
+                    if (ANS) sum[k] = dot4(packed[k] >> LOW_BITS & (0x01010101u * (255u >> LOW_BITS)), 0x01010101u, sum[k]);
+                }
+            }
+        }
+        Choice<CPL> chosen;
+        chosen.apart = 0;
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            const int low = (int)min(least[k] & 0xffff, least[k] >> 16), high = (int)max(most[k] & 0xffff, most[k] >> 16);
+            if constexpr (LOSSLESS && ANS) {
+                // byte >> LOW_BITS is EXPONENT_MASK minus the exponent; those of exponent 0 are left out of the mean.
+                const int largest_exponent = (int)EXPONENT_MASK - (low >> LOW_BITS);
+                const int total = (int)EXPONENT_MASK * length - (int)sum[k];
+                int counted = length;
+                if (high >> LOW_BITS == EXPONENT_MASK) {
+                    counted = 0;
+                    for (int t = 0; t < length; ++t)
+                        counted += load_shared_u8(stage.codes + ((t / 4 * 32 + lane) * CPL + k) * 4 + t % 4) >> LOW_BITS != EXPONENT_MASK;
+                }
+                chosen.base[0][k] = -largest_exponent;
+                chosen.klass[0][k] = min(LAST_ONE_SIDED, 5 * (largest_exponent * counted - total) / max(counted, 1));
+            } else if constexpr (DELTA) {
+                chosen.differences(0, k, length, first[k], squares[k], reach[k], radius);
+            } else {
+                chosen.range(0, k, low + gathered.origin[k], high + gathered.origin[k]);
+            }
+            choice.base[NUM_GROUPS - 1][k] = chosen.base[0][k];
+            choice.klass[NUM_GROUPS - 1][k] = chosen.klass[0][k];
+            if (b == 0) {
+                choice.base[0][k] = chosen.base[0][k];
+                choice.klass[0][k] = chosen.klass[0][k];
+            }
+        }
+        choice.apart |= chosen.apart << (CPL * b);
+    }
+}
+
+template <int CPL>
+__device__ __forceinline__ void gather(const Source &s, const Tile &tile, const Rows<CPL> &rows, u32 (&ahead)[4][Rows<CPL>::PACKED], const Quantisers<CPL> &quantisers, const int *radius,
+                                       const Stage &stage, int lane, Gathered<CPL> &gathered, Choice<CPL> &choice) {
+    constexpr int PACKED = Rows<CPL>::PACKED;
+    const int tokens = tile.tokens;
+    const Quantiser(&quantiser)[CPL] = quantisers.each;
+    gathered.fast = true;
+    gathered.any_exact = false;
+    int bias[CPL];  // from the rounded float's bits to the byte
+    u32 sum[CPL], squares[CPL];
+    const u8 *p = rows.group(0);
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) {
+        gathered.origin[k] = -ORIGIN;
+        bias[k] = 0;
+        sum[k] = squares[k] = 0;
+        if constexpr (BOUNDED) {
+            const float scaled = __fmul_rn(Rows<CPL>::number(ahead[0], k), quantiser[k].inverse);
+            gathered.fast &= fabsf(scaled) < 2097152.0f;
+            const int bits = __float_as_int(scaled + ROUNDER);
+            bias[k] = 128 - bits;
+            gathered.origin[k] = bits - ROUNDER_BITS - 128;
+            if (k < rows.count) stage.small[ORIGINS_AT + lane * CPL + k] = (u32)gathered.origin[k];
+        }
+    }
+    u32 largest = 0, least_key = FULL;
+    // Four rows at a time, the next four on their way. Behind the last token its row is taken again, which does no harm but in sums.
+#pragma unroll 1
+    for (int t0 = 0; t0 < tokens; t0 += 4) {
+        u32 row[4][PACKED], packed[CPL];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < PACKED; ++j) row[i][j] = ahead[i][j];
+        if (t0 + 4 < tokens) {
+            if (t0 & 4) p = rows.group(t0 + 4);  // eight tokens share a page
+            else if (p) p += 4 * rows.token_bytes;
+            rows.load_rows(p, t0 + 4, tokens, ahead);
+        }
+        if constexpr (BOUNDED) {
+            u32 byte[4][CPL], missed = 0;  // bit i: a value of token t0+i may miss the bound
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float difference[CPL], rounded[CPL], worst = 0.0f;
+                bool row_missed = false;
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    const float x = Rows<CPL>::number(row[i], k), r = __fmul_rn(x, quantiser[k].inverse) + ROUNDER;
+                    byte[i][k] = (u32)(__float_as_int(r) + bias[k]);
+                    largest = max(largest, byte[i][k]);
+                    least_key = min(least_key, special_key(Rows<CPL>::value(row[i], k), x) - 1);
+                    rounded[k] = __fmul_rn(r - ROUNDER, quantiser[k].step);
+                }
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+#if KVF_ITEM == 2
+                    if constexpr (CPL % 2 == 0) {
+                        if (k & 1) continue;
+                        const u32 pair[1] = {as_word_pair(rounded[k], rounded[k + 1])};
+                        difference[k] = Rows<CPL>::number(row[i], k) - Rows<2>::number(pair, 0);
+                        difference[k + 1] = Rows<CPL>::number(row[i], k + 1) - Rows<2>::number(pair, 1);
+                        continue;
+                    }
+#endif
+                    difference[k] = Rows<CPL>::number(row[i], k) - as_float(as_word(rounded[k]));
+                }
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    if (CHANNEL_STEPS) row_missed |= !(fabsf(difference[k]) < quantiser[k].bound);
+                    else worst = fmaxf(worst, fabsf(difference[k]));
+                }
+                if (!CHANNEL_STEPS) row_missed = !(worst < quantiser[0].bound);
+                missed |= (u32)row_missed << i;
+            }
+            if (t0 + 4 > tokens) missed &= 15 >> (t0 + 4 - tokens);
+            if (missed && rows.count) list_repairs(stage.small, t0, missed, lane);
+#pragma unroll
+            for (int k = 0; k < CPL; ++k)
+                packed[k] = __byte_perm(__byte_perm(byte[0][k], byte[1][k], 0x0040), __byte_perm(byte[2][k], byte[3][k], 0x0040), 0x5410);
+        } else {
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+#if KVF_ITEM == 2 && KVF_EXPONENT == 8
+                // Two exponents at once: 255 minus each, in the halves of a word.
+                u32 pair[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) pair[i] = ~(row[i][k / 2] >> 7) & 0x00ff00ffu;
+                const int halves = k & 1 ? 0x0062 : 0x0040;
+                packed[k] = __byte_perm(__byte_perm(pair[0], pair[1], halves), __byte_perm(pair[2], pair[3], halves), 0x5410);
+#else
+                u32 byte[4], rest;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) byte[i] = (u32)(split(Rows<CPL>::value(row[i], k), rest) + ORIGIN);
+                packed[k] = __byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410);
+#endif
+            }
+        }
+        if (t0 + 4 > tokens) {
+            const u32 keep = FULL >> (8 * (t0 + 4 - tokens));
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) packed[k] &= keep;
+        }
+        store_shared_words<CPL>(stage.codes + (t0 / 4 * 32 + lane) * CPL * 4, packed);
+        if constexpr (BOUNDED && ANS && !DELTA) {
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+                sum[k] = dot4(packed[k], 0x01010101u, sum[k]);
+                squares[k] = dot4(packed[k], packed[k], squares[k]);
+            }
+        }
+    }
+    __syncwarp();
+    if constexpr (BOUNDED) {
+        gathered.fast &= largest < 256 && least_key >= SPECIAL_BELOW;
+        gathered.fast = __all_sync(FULL, gathered.fast);
+        if (gathered.fast && stage.small[REPAIRS]) {
+            bool any = false;
+            Quantisers<CHANNEL_STEPS ? CPL : 1> needed;
+#pragma unroll
+            for (int k = 0; k < (CHANNEL_STEPS ? CPL : 1); ++k) needed.each[k] = quantiser[k];
+            gathered.fast = __all_sync(FULL, repair<CPL>(tile.index, needed, stage, lane, any));
+            gathered.any_exact = __any_sync(FULL, any);
+        }
+    }
+    if constexpr (BOUNDED && ANS && !DELTA) {
+        choice.apart = 0;
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) choice.centre(0, k, tokens, gathered.origin[k], (i64)(int)sum[k], (i64)squares[k]);
+    } else {
+        summarise<CPL>(tokens, radius, stage, lane, gathered, choice);
+    }
+}
+
+// The slow way: codes of a token's values through the whole quantiser, and which of them are to be stored in their own bits.
+template <int CPL>
+__device__ __forceinline__ void slow_codes(const Rows<CPL> &rows, int t, const Quantiser (&quantiser)[CPL], int (&code)[CPL], u32 &exact) {
+    u32 row[Rows<CPL>::PACKED];
+    rows.load_row(t, row);
+    exact = 0;
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) {
+        bool e = false;
+        if constexpr (BOUNDED) {
+            code[k] = quantise(Rows<CPL>::value(row, k), quantiser[k], e);
+        } else {
+            u32 rest;
+            code[k] = split(Rows<CPL>::value(row, k), rest);
+        }
+        exact |= (u32)(e && k < rows.count) << k;
+    }
+}

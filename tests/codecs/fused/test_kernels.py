@@ -1,0 +1,104 @@
+"""The CUDA kernels without a GPU: they compile for every generation, and agree with the host about layouts."""
+
+import ctypes
+import re
+from importlib.resources import files
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+from kvferry.codecs.fused import kernels
+from kvferry.codecs.fused.kernels import DECODE, ENCODE, SHAPES, Case
+from kvferry.device.nvrtc import compile_cubin
+from kvferry.format import slot
+from kvferry.packing.ans.tables import PROB_BITS, family
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FP8 = torch.float8_e4m3fn
+ONE, FOUR, ALL = 1, 8, 15
+"""Channels a lane that occur: 1; 4; any."""
+
+
+def bounded(packing: str, mode: str, dtype: torch.dtype, *, steps: bool = False, lanes: int = FOUR, paged: bool = True):
+    return Case("bounded", packing, mode, dtype, steps, lanes, paged)
+
+
+def exact(codec: str, packing: str, dtype: torch.dtype, *, lanes: int = FOUR, paged: bool = True):
+    return Case(codec, packing, "none", dtype, False, lanes, paged)
+
+
+CASES = [bounded(packing, mode, BF16) for packing in ("ans", "bitpack") for mode in ("fixed", "plain", "outlier")]
+CASES += [bounded("ans", "fixed", FP16, steps=True, lanes=ALL, paged=False), bounded("bitpack", "plain", FP32)]
+CASES += [exact("lossless", packing, dtype) for packing in ("ans", "bitpack") for dtype in (BF16, FP32, FP8)]
+CASES += [exact("lossless", "ans", FP16, lanes=ALL, paged=False), exact("raw", "none", torch.uint8, lanes=ONE)]
+COMPILED = [("sm_90", case) for case in CASES]
+COMPILED += [(arch, case) for arch in ("sm_80", "sm_100") for case in (CASES[0], exact("lossless", "ans", BF16))]
+
+
+@pytest.mark.parametrize("kernel", [ENCODE, DECODE])
+@pytest.mark.parametrize(
+    ("arch", "case"), COMPILED, ids=lambda x: x if isinstance(x, str) else f"{x.codec}-{x.packing}-{x.mode}-{x.dtype}"
+)
+def test_kernels_compile(kernel: str, arch: str, case: Case) -> None:
+    cubin = compile_cubin(case.source(kernel), arch, case.defines(kernel, 32 * case.shape(kernel).warps))
+    assert kernel.encode() in cubin
+
+
+def test_the_source_agrees_with_the_host() -> None:
+    source = CASES[0].source(ENCODE)
+
+    def constant(name: str) -> str:
+        found = re.search(rf"\b{name} = ([^,;]+)[,;]", source)
+        assert found, name
+        return found[1].strip()
+
+    assert int(constant("LAST_TWO_SIDED")) == family(False).count - 1
+    assert int(constant("LAST_ONE_SIDED")) == family(True).count - 1
+    assert int(constant("PROB_BITS")) == PROB_BITS
+    assert int(constant("SLOT_HEADER")) == slot.HEADER_BYTES
+    assert int(constant("SLOT_MAGIC"), 16).to_bytes(4, "little") == slot.MAGIC
+    assert int(constant("SLOT_VERSION")) == slot.VERSION
+    assert int(constant("SCRATCH_BYTES")) == kernels.SCRATCH_BYTES
+    for name, status in zip(
+        ("GOOD", "FOREIGN", "MISMATCH", "OTHER_IDENTITY", "NOT_USABLE", "CORRUPT"), slot.SlotStatus, strict=True
+    ):
+        assert int(constant(name)) == status
+    assert int(constant("USABLE")) == slot.SlotState.USABLE
+    assert int(constant("REJECTED")) == slot.SlotState.REJECTED
+
+
+@pytest.mark.parametrize("packing", ["ans", "bitpack"])
+def test_a_warp_has_the_shared_memory_that_its_stage_takes(packing: str) -> None:
+    groups = {"ans": 1, "bitpack": 2}[packing]
+    small = 2 * 128 * groups + 128
+    assert SHAPES[ENCODE, packing].warp_bytes == 64 * 128 + 64 * 128 // 8 + 4 * small
+    assert SHAPES[DECODE, packing].warp_bytes == 4 * {"ans": 1024, "bitpack": 2048}[packing]
+
+
+# A structure's fields in order, in the order of the CUDA source: a field added on one side only shifts all that follow.
+@pytest.mark.parametrize(
+    ("file", "name", "structure"),
+    [
+        ("common.cu", "Source", kernels.Source),
+        ("common.cu", "SlotFacts", kernels.SlotFacts),
+        ("quantise.cu", "Bounds", kernels.Bounds),
+        ("encode.cu", "Sink", kernels.Sink),
+        ("decode.cu", "Input", kernels.Input),
+    ],
+)
+def test_structures_have_the_same_fields(file: str, name: str, structure: type[ctypes.Structure]) -> None:
+    text = files("kvferry.codecs.fused").joinpath(file).read_text()
+    body = re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL)
+    assert body
+    sizes = {"i64": 8, "double": 8, "int": 4, "u32": 4, "float": 4, "SlotFacts": 16}
+    fields = []
+    for line in body[1].split("\n"):
+        declared = re.match(r"\s*(?:const )?(\w+) ([*\w][^;()]*);", line)
+        if not declared:
+            continue
+        for variable in declared[2].split(","):
+            pointer = "*" in variable
+            fields.append((variable.strip(" *"), 8 if pointer else sizes[declared[1]]))
+    assert fields == [(field, ctypes.sizeof(kind)) for field, kind in structure._fields_]
