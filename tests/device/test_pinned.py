@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import tempfile
 import threading
 
 import pytest
@@ -314,10 +315,10 @@ def test_gpu_an_event_that_was_never_recorded_is_refused():
 
 
 @on_gpu
-def test_gpu_registered_memory(tmp_path):
-    path = tmp_path / "slots"
-    path.write_bytes(bytes(8 * mmap.PAGESIZE))
-    with open(path, "r+b") as file:
+def test_gpu_registered_memory():
+    # As engines share memory between processes: a file that lies in memory (drivers refuse files on a disk).
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.truncate(8 * mmap.PAGESIZE)
         mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
     shared = torch.zeros(1 << 20, dtype=torch.uint8).share_memory_()
     there = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device="cuda")

@@ -25,6 +25,8 @@ ON_OVERFLOW = ("relax", "reject")
 SLOT_STEP = 16
 """Slots lie so many bytes apart, or a multiple of it: kernels read and write 16 bytes at a time."""
 MOST_RELAXATIONS = 64
+_LARGEST_ODD_PAGE = 896
+"""Tokens of a page that kernels divide by exactly (common.cu, page_reciprocal), where tiles cross pages."""
 _ROUND_TO = 512
 _MOST_PAYLOAD_BYTES = (1 << 32) - 1
 _SMALLEST_TILE_BYTES = 4
@@ -57,6 +59,12 @@ class SlotCodec:
     def __post_init__(self) -> None:
         if self.kv.device.type not in ("cpu", "cuda"):
             raise ValueError(f"the pages are on {self.kv.device}; slots take pages on the CPU or a CUDA device")
+        page_tokens = self.kv.page_tokens
+        if self.kv.device.type == "cuda" and page_tokens > _LARGEST_ODD_PAGE and page_tokens % TILE_TOKENS:
+            raise ValueError(
+                f"page_tokens={page_tokens}: on a GPU, pages of more than {_LARGEST_ODD_PAGE} tokens must hold a "
+                f"multiple of {TILE_TOKENS}; take smaller pages"
+            )
         _check_codec(self.kv, self.codec)
         _check_chunk(self.kv, self.chunk_pages)
         one_of("on_overflow", self.on_overflow, ON_OVERFLOW)

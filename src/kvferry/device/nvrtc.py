@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,16 +86,14 @@ class Kernel:
     function: Any
     device: int
 
-    def launch(self, grid: int, block: int, shared_bytes: int, values: Sequence[Any], types: Sequence[Any]) -> None:
-        """Queue the kernel on the current PyTorch stream of its device; `values` and ctypes `types` are its arguments.
-
-        A `None` type marks a ctypes structure passed by value. Does not synchronise. Raises `KernelError`.
-        """
+    def launch(self, grid: int, block: int, shared_bytes: int, arguments: "Arguments") -> None:
+        """Queue the kernel on the current PyTorch stream of its device. Does not synchronise. Raises `KernelError`."""
         from cuda.bindings import driver
 
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        arguments = (tuple(values), tuple(types))
-        _checked(driver.cuLaunchKernel(self.function, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, 0))
+        _checked(
+            driver.cuLaunchKernel(self.function, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments.address, 0)
+        )
 
     def resident_blocks(self, block: int, shared_bytes: int) -> int:
         """Blocks of that size that one multiprocessor holds at a time."""
@@ -119,5 +116,11 @@ def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int = 0) -> 
     return Kernel(function, device)
 
 
-POINTER, I64 = ctypes.c_void_p, ctypes.c_int64
-"""Argument types for `Kernel.launch`."""
+class Arguments:
+    """What a kernel is launched with: ctypes values, in its order. They may be changed between launches, which copy
+    them."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+        self._pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        self.address = ctypes.addressof(self._pointers)

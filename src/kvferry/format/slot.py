@@ -81,7 +81,7 @@ class SlotStatus(IntEnum):
     """The chunk did not fit when it was stored."""
     CORRUPT = 5
     """A tile's place, checksum or contents are wrong; the values of such tiles were left alone (on a
-    GPU, of tiles whose checksum is wrong: of one that a forger gave a right checksum, anything may lie in its place)."""
+    GPU, of tiles whose checksum is wrong: where a forger made one right, anything may lie in the tile's place)."""
 
 
 @dataclass(frozen=True)

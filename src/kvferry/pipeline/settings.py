@@ -16,10 +16,10 @@ class Settings:
     `timing`: measure each bite's stages.
     """
 
-    # More than three bites of 128 MiB raw at a ratio of 3.7: one that is coded, one on the wire, one ready.
+    # Two of the largest bites at a ratio of 4: one that is coded, one on the wire.
     ring_bytes: int = 128 << 20
-    first_bite_bytes: int = 8 << 20
-    bite_bytes: int = 128 << 20
+    first_bite_bytes: int = 32 << 20
+    bite_bytes: int = 256 << 20
     # Coders are about 4 times as fast as the wire carries what they make, at a ratio of 4.
     growth: int = 4
     table_bytes: int = 4 << 20

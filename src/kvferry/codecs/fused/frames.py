@@ -15,7 +15,7 @@ from kvferry.codecs.fused.kernels import DECODE, ENCODE, Case
 from kvferry.codecs.fused.tables import decoder_table, encoder_tables
 from kvferry.codecs.tiles import tile_directory
 from kvferry.codecs.tiling import TILE_VALUES, TilePlan, plan_tensor
-from kvferry.device.nvrtc import POINTER
+from kvferry.device.nvrtc import Arguments
 from kvferry.errors import CorruptFrame
 from kvferry.format.frame import Frame
 
@@ -65,7 +65,7 @@ def _encode(tensor: Tensor, plan: TilePlan, case: Case, bounds: kernels.Bounds) 
         return sizes[0], payloads[0], bound_used
     tables, radius = encoder_tables(case.one_sided, device)
     loaded = kernels.load(case, ENCODE, device.index)
-    scratch = loaded.scratch(device)
+    scratch = torch.empty(loaded.scratch_bytes, dtype=torch.uint8, device=device)
     for first in range(0, on_device.num_tiles, SLAB_TILES):
         count = min(SLAB_TILES, on_device.num_tiles - first)
         capacity = count * (4 + TILE_VALUES * on_device.size)
@@ -80,12 +80,9 @@ def _encode(tensor: Tensor, plan: TilePlan, case: Case, bounds: kernels.Bounds) 
             scratch=scratch.data_ptr(),
             num_chunks=1,
         )
-        loaded.launch(
-            count,
-            None,
-            (on_device.source(first, count), sink, bounds, tables.data_ptr(), radius.data_ptr(), 0),
-            (None, None, None, POINTER, POINTER, ctypes.c_int32),
-        )
+        source = on_device.source(first, count)
+        pointers = ctypes.c_void_p(tables.data_ptr()), ctypes.c_void_p(radius.data_ptr())
+        loaded.launch(count, None, Arguments(source, sink, bounds, *pointers, ctypes.c_int32(0)))
         ends = directory[:, 0].cpu().numpy().astype(np.int64)
         sizes.append(np.diff(ends, prepend=0))
         payloads.append(payload[: int(ends[-1])].cpu())
@@ -139,9 +136,8 @@ def decode(frame: Frame, out: Tensor) -> None:
             status=status.data_ptr(),
         )
         table = decoder_table(case.one_sided, out.device)
-        kernels.load(case, DECODE, out.device.index).launch(
-            len(sizes), None, (on_device.source(0, len(sizes)), data, table.data_ptr()), (None, None, POINTER)
-        )
+        arguments = Arguments(on_device.source(0, len(sizes)), data, ctypes.c_void_p(table.data_ptr()))
+        kernels.load(case, DECODE, out.device.index).launch(len(sizes), None, arguments)
         bad = status.nonzero().flatten().tolist()
     if bad:
         raise CorruptFrame(f"the sections of tile {bad[0]} contradict its header")

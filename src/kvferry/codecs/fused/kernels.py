@@ -4,7 +4,6 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from kvferry.codecs.bounded.reference import BASES as MODE_BASES
 from kvferry.codecs.fused.tables import ALPHABET
 from kvferry.codecs.lossless.reference import SPLITS
 from kvferry.codecs.tiling import TILE_VALUES
-from kvferry.device.nvrtc import Kernel, cached_cubin, load_kernel
+from kvferry.device.nvrtc import Arguments, Kernel, cached_cubin, load_kernel
 from kvferry.packing.ans.tables import PROB_SCALE, family
 from kvferry.packing.columns import Bases
 
@@ -191,18 +190,18 @@ class Loaded:
     blocks: int
     multiprocessors: int
 
-    def scratch(self, device: torch.device) -> Tensor:
-        """What an encoder's warps keep a tile each in."""
-        warps = self.blocks * self.multiprocessors * self.threads // 32
-        return torch.empty(warps * SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    @property
+    def scratch_bytes(self) -> int:
+        """What an encoder's warps need to keep a tile each in."""
+        return self.blocks * self.multiprocessors * self.threads // 32 * SCRATCH_BYTES
 
-    def launch(self, num_tiles: int, num_sms: int | None, values: tuple[Any, ...], types: tuple[Any, ...]) -> None:
+    def launch(self, num_tiles: int, num_sms: int | None, arguments: Arguments) -> None:
         """Queue it for `num_tiles` tiles on the current stream, in as many blocks as `num_sms` multiprocessors hold.
 
         A tile a block while there are few tiles: blocks then spread over the whole device.
         """
         sms = min(num_sms or self.multiprocessors, self.multiprocessors)
-        self.kernel.launch(min(self.blocks * sms, num_tiles), self.threads, self.shared_bytes, values, types)
+        self.kernel.launch(min(self.blocks * sms, num_tiles), self.threads, self.shared_bytes, arguments)
 
 
 @cache

@@ -1,9 +1,10 @@
-"""Chunks of paged KV cache into slots and back on a GPU: what `SlotCodec` calls. Nothing here waits or allocates more
-than the encoder's scratch words."""
+"""Chunks of paged KV cache into slots and back on a GPU: what `SlotCodec` calls. Nothing here waits; device memory is
+allocated only when a stream meets its first call, or its first with so many chunks."""
 
 import ctypes
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,26 +14,75 @@ from kvferry.blocks import BIT_DTYPES
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.bounded.steps import round_down
 from kvferry.codecs.fused import kernels
-from kvferry.codecs.fused.kernels import DECODE, ENCODE, Case, SlotFacts, address
+from kvferry.codecs.fused.kernels import DECODE, ENCODE, Case, Loaded, SlotFacts
 from kvferry.codecs.fused.tables import decoder_table, encoder_tables
-from kvferry.device.nvrtc import POINTER
+from kvferry.device.nvrtc import Arguments
 from kvferry.format.frame import MODES, PACKINGS
 
 if TYPE_CHECKING:
     from kvferry.codecs.slots import SlotCodec
 
 _ROWS_OF_A_TILE = 64
-_LARGEST_PAGE = 896
+
+
+def encode(slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
+    """Queue the encoding on the current stream; `SlotCodec.encode` has checked the arguments."""
+    prepared = _prepared(slot_codec)
+    with torch.cuda.device(prepared.device):
+        prepared.encode(page_table, slots, slot_index, identities)
+
+
+def decode(
+    slot_codec: "SlotCodec", slots: Tensor, slot_index: Tensor, page_table: Tensor, identities: Tensor, status: Tensor
+) -> None:
+    """Queue the decoding on the current stream; `SlotCodec.decode` has checked the arguments."""
+    prepared = _prepared(slot_codec)
+    with torch.cuda.device(prepared.device):
+        status.zero_()
+        prepared.decode(slots, slot_index, page_table, identities, status)
+
+
+class _Workspace:
+    """What encoders on one stream use one after another: `scratch`, and `work` words that each call zeroes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._work = torch.empty(0, dtype=torch.int32, device=device)
+
+    def work(self, words: int, scratch_bytes: int) -> Tensor:
+        """`words` zeros, valid until the next call."""
+        if self.scratch.numel() < scratch_bytes:
+            self.scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=self._device)
+        if self._work.numel() < words:
+            self._work = torch.empty(2 * words, dtype=torch.int32, device=self._device)
+        work: Tensor = self._work[:words].zero_()
+        return work
+
+
+_WORKSPACES: dict[tuple[int, int], _Workspace] = {}
+
+
+def _workspace(device: torch.device) -> _Workspace:
+    """The current stream's."""
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    found = _WORKSPACES.get(key)
+    if found is None:
+        found = _WORKSPACES[key] = _Workspace(device)
+    return found
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What all calls of a `SlotCodec` share."""
+    """What all calls of a `SlotCodec` share: everything but the tensors of a call, ready to be launched."""
 
     case: Case
-    facts: SlotFacts
+    device: torch.device
+    num_sms: int | None
+    relaxations: int
+    source: kernels.Source
+    sink: kernels.Sink
     bounds: kernels.Bounds
-    page_reciprocal: int
 
     @classmethod
     def of(cls, slot_codec: "SlotCodec") -> "_Prepared":
@@ -52,7 +102,64 @@ class _Prepared:
         )
         kind = sum(int(header[name]) << 8 * place for place, name in enumerate(("codec", "dtype", "packing", "mode")))
         facts = SlotFacts(kind, int(header["relative_to"]), int(header["layout_digest"]), int(header["tokens"]))
-        return cls(case, facts, _bounds(slot_codec), _page_reciprocal(kv.page_tokens))
+        source = kernels.Source(
+            lines=kv.kernel_lines.data_ptr(),
+            num_lines=kv.num_lines,
+            chunk_pages=slot_codec.chunk_pages,
+            page_tokens=kv.page_tokens,
+            page_reciprocal=_page_reciprocal(kv.page_tokens),
+            tiles_per_chunk=slot_codec.num_tiles,
+        )
+        sink = kernels.Sink(slot_bytes=slot_codec.slot_bytes, facts=facts, max_relaxations=slot_codec.relaxations)
+        device = kv.device if kv.device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        return cls(case, device, slot_codec.num_sms, slot_codec.relaxations, source, sink, _bounds(slot_codec))
+
+    @cached_property
+    def encoder(self) -> Loaded:
+        return kernels.load(self.case, ENCODE, self.device.index)
+
+    @cached_property
+    def decoder(self) -> Loaded:
+        return kernels.load(self.case, DECODE, self.device.index)
+
+    @cached_property
+    def tables(self) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]:
+        """The encoder's, the classes' reach, the decoder's."""
+        encoder, reach = encoder_tables(self.case.one_sided, self.device)
+        pointers = (encoder.data_ptr(), reach.data_ptr(), decoder_table(self.case.one_sided, self.device).data_ptr())
+        return ctypes.c_void_p(pointers[0]), ctypes.c_void_p(pointers[1]), ctypes.c_void_p(pointers[2])
+
+    def encode(self, page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
+        chunks = page_table.shape[0]
+        # A copy of its own for each call: threads share this object.
+        source, sink = _copy(self.source), _copy(self.sink)
+        source.pages = page_table.data_ptr()
+        source.num_tiles = chunks * source.tiles_per_chunk
+        workspace = _workspace(self.device)
+        work = workspace.work(kernels.work_words(chunks, source.num_tiles), self.encoder.scratch_bytes)
+        sink.work, sink.scratch = work.data_ptr(), workspace.scratch.data_ptr()
+        sink.slots, sink.slot_index, sink.identities = slots.data_ptr(), slot_index.data_ptr(), identities.data_ptr()
+        sink.num_chunks = chunks
+        retry = ctypes.c_int32(0)
+        arguments = Arguments(source, sink, self.bounds, *self.tables[:2], retry)
+        self.encoder.launch(source.num_tiles, self.num_sms, arguments)
+        if self.relaxations:
+            retry.value = 1
+            self.encoder.launch(chunks, self.num_sms, arguments)
+
+    def decode(self, slots: Tensor, slot_index: Tensor, page_table: Tensor, identities: Tensor, status: Tensor) -> None:
+        source = _copy(self.source)
+        source.pages = page_table.data_ptr()
+        source.num_tiles = page_table.shape[0] * source.tiles_per_chunk
+        data = kernels.Input(
+            slots=slots.data_ptr(),
+            slot_bytes=self.sink.slot_bytes,
+            slot_index=slot_index.data_ptr(),
+            identities=identities.data_ptr(),
+            status=status.data_ptr(),
+            facts=self.sink.facts,
+        )
+        self.decoder.launch(source.num_tiles, self.num_sms, Arguments(source, data, self.tables[2]))
 
 
 _PREPARED: "WeakKeyDictionary[SlotCodec, _Prepared]" = WeakKeyDictionary()
@@ -65,6 +172,13 @@ def _prepared(slot_codec: "SlotCodec") -> _Prepared:
     return prepared
 
 
+_Structure = TypeVar("_Structure", bound=ctypes.Structure)
+
+
+def _copy(structure: _Structure) -> _Structure:
+    return type(structure).from_buffer_copy(structure)
+
+
 def _bounds(slot_codec: "SlotCodec") -> kernels.Bounds:
     codec = slot_codec.codec
     if not isinstance(codec, Bounded):
@@ -72,83 +186,9 @@ def _bounds(slot_codec: "SlotCodec") -> kernels.Bounds:
     if codec.relative:
         return kernels.Bounds(None, float(codec.error_bound), 0.0)
     bound = float(round_down(torch.tensor(codec.error_bound, dtype=torch.float64)))
-    return kernels.Bounds(address(slot_codec.bounds), 0.0, bound)
+    return kernels.Bounds(kernels.address(slot_codec.bounds), 0.0, bound)
 
 
 def _page_reciprocal(page_tokens: int) -> int:
     """What replaces a division by `page_tokens` in the kernel; 0 where no tile crosses a page."""
-    if page_tokens % _ROWS_OF_A_TILE == 0:
-        return 0
-    if page_tokens > _LARGEST_PAGE:
-        raise ValueError(f"page_tokens={page_tokens}: above {_LARGEST_PAGE}, pages must hold a multiple of 64 tokens")
-    return -(-(1 << 20) // page_tokens)
-
-
-def _source(slot_codec: "SlotCodec", page_table: Tensor) -> kernels.Source:
-    kv, tiles = slot_codec.kv, slot_codec.num_tiles
-    return kernels.Source(
-        lines=kv.kernel_lines.data_ptr(),
-        pages=page_table.data_ptr(),
-        num_lines=kv.num_lines,
-        chunk_pages=slot_codec.chunk_pages,
-        page_tokens=kv.page_tokens,
-        page_reciprocal=_prepared(slot_codec).page_reciprocal,
-        num_tiles=tiles * len(page_table),
-        tiles_per_chunk=tiles,
-    )
-
-
-def encode(slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
-    """Queue the encoding on the current stream; `SlotCodec.encode` has checked the arguments."""
-    prepared, device = _prepared(slot_codec), slot_codec.kv.device
-    case = prepared.case
-    with torch.cuda.device(device):
-        source = _source(slot_codec, page_table)
-        work = torch.zeros(kernels.work_words(len(page_table), source.num_tiles), dtype=torch.int32, device=device)
-        loaded = kernels.load(case, ENCODE, device.index)
-        scratch = loaded.scratch(device)
-        sink = kernels.Sink(
-            slots.data_ptr(),
-            slot_codec.slot_bytes,
-            slot_index.data_ptr(),
-            identities.data_ptr(),
-            None,
-            work.data_ptr(),
-            scratch.data_ptr(),
-            prepared.facts,
-            len(page_table),
-            slot_codec.relaxations,
-        )
-        tables, radius = encoder_tables(case.one_sided, device)
-        for retry in range(2 if slot_codec.relaxations else 1):
-            loaded.launch(
-                len(page_table) if retry else source.num_tiles,
-                slot_codec.num_sms,
-                (source, sink, prepared.bounds, tables.data_ptr(), radius.data_ptr(), retry),
-                (None, None, None, POINTER, POINTER, ctypes.c_int32),
-            )
-
-
-def decode(
-    slot_codec: "SlotCodec", slots: Tensor, slot_index: Tensor, page_table: Tensor, identities: Tensor, status: Tensor
-) -> None:
-    """Queue the decoding on the current stream; `SlotCodec.decode` has checked the arguments."""
-    prepared, device = _prepared(slot_codec), slot_codec.kv.device
-    case = prepared.case
-    with torch.cuda.device(device):
-        source = _source(slot_codec, page_table)
-        status.zero_()
-        data = kernels.Input(
-            slots.data_ptr(),
-            slot_codec.slot_bytes,
-            slot_index.data_ptr(),
-            identities.data_ptr(),
-            None,
-            None,
-            status.data_ptr(),
-            prepared.facts,
-        )
-        table = decoder_table(case.one_sided, device)
-        kernels.load(case, DECODE, device.index).launch(
-            source.num_tiles, slot_codec.num_sms, (source, data, table.data_ptr()), (None, None, POINTER)
-        )
+    return 0 if page_tokens % _ROWS_OF_A_TILE == 0 else -(-(1 << 20) // page_tokens)
