@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # torch first and pinned: left to pip, a dependency may bring a build with gigabytes of CUDA libraries.
 TORCH := torch==2.13.0
+VLLM_NEEDS := tests/integrations/vllm/requirements.txt
 
 # Without it, threads that wait for one another spin; with more threads than cores that costs up to fifty times.
 export OMP_WAIT_POLICY ?= passive
@@ -14,8 +15,9 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/.demo
 	$(BIN)/kvferry demo
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto tests
+# loadgroup: tests that share one of vLLM's engines stay together.
+test: $(VENV)/.vllm
+	$(BIN)/python -m pytest -n auto --dist loadgroup tests
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,6 +44,11 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/.demo
+
+# A wheel of 340 MB, and small ones. Where it cannot be had, the tests that need it skip and say so.
+$(VENV)/.vllm: $(VENV)/.dev $(VLLM_NEEDS)
+	$(PIP) install --no-deps --requirement $(VLLM_NEEDS) \
+		&& touch $@ || echo "vLLM could not be installed: the tests of its engine will skip"
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -7,6 +7,7 @@ from kvferry.cli.bench_pipeline import pipeline
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
 from kvferry.cli.inspect import inspect
+from kvferry.cli.serve import SERVE_CONTEXT, serve
 
 app = typer.Typer(
     name="kvferry",
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(inspect)
 app.command()(doctor)
+app.command(context_settings=SERVE_CONTEXT)(serve)
 bench.command()(pipeline)
 app.add_typer(bench)
 
