@@ -90,7 +90,7 @@ class Kernel:
         """Queue the kernel on the current PyTorch stream of its device. Does not synchronise. Raises `KernelError`."""
         from cuda.bindings import driver
 
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = current_stream_handle(self.device)
         _checked(
             driver.cuLaunchKernel(self.function, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments.address, 0)
         )
@@ -100,6 +100,23 @@ class Kernel:
         from cuda.bindings import driver
 
         return int(_checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, block, shared_bytes)))
+
+
+def current_stream_handle(device: int) -> int:
+    """CUDA's handle of the current PyTorch stream of a device. PyTorch's public way takes microseconds, which count on
+    the way of every launch; what its own compiled code uses takes a tenth."""
+    handle: int = _raw_stream(device) if _raw_stream else torch.cuda.current_stream(device).cuda_stream
+    return handle
+
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def zero_words(address: int, count: int, device: int) -> None:
+    """Queue `count` 32-bit zeros at `address` on the current stream. Raises `KernelError`."""
+    from cuda.bindings import driver
+
+    _checked(driver.cuMemsetD32Async(address, 0, count, current_stream_handle(device)))
 
 
 def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int = 0) -> Kernel:

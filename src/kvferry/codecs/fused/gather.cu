@@ -214,7 +214,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
             if (k < rows.count) stage.small[ORIGINS_AT + lane * CPL + k] = (u32)gathered.origin[k];
         }
     }
-    u32 largest = 0, least_key = FULL;
+    u32 beyond = 0, least_key = FULL;  // beyond: above 255 where some code does not fit its byte
     // Four rows at a time, the next four on their way. Behind the last token its row is taken again, which does no harm but in sums.
 #pragma unroll 1
     for (int t0 = 0; t0 < tokens; t0 += 4) {
@@ -238,7 +238,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
                 for (int k = 0; k < CPL; ++k) {
                     const float x = Rows<CPL>::number(row[i], k), r = __fmul_rn(x, quantiser[k].inverse) + ROUNDER;
                     byte[i][k] = (u32)(__float_as_int(r) + bias[k]);
-                    largest = max(largest, byte[i][k]);
+                    beyond |= byte[i][k];
                     least_key = min(least_key, special_key(Rows<CPL>::value(row[i], k), x) - 1);
                     rounded[k] = __fmul_rn(r - ROUNDER, quantiser[k].step);
                 }
@@ -302,7 +302,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     }
     __syncwarp();
     if constexpr (BOUNDED) {
-        gathered.fast &= largest < 256 && least_key >= SPECIAL_BELOW;
+        gathered.fast &= beyond < 256 && least_key >= SPECIAL_BELOW;
         gathered.fast = __all_sync(FULL, gathered.fast);
         if (gathered.fast && stage.small[REPAIRS]) {
             bool any = false;

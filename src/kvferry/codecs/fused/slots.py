@@ -16,7 +16,7 @@ from kvferry.codecs.bounded.steps import round_down
 from kvferry.codecs.fused import kernels
 from kvferry.codecs.fused.kernels import DECODE, ENCODE, Case, Loaded, SlotFacts
 from kvferry.codecs.fused.tables import decoder_table, encoder_tables
-from kvferry.device.nvrtc import Arguments
+from kvferry.device.nvrtc import Arguments, current_stream_handle, zero_words
 from kvferry.format.frame import MODES, PACKINGS
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def decode(
     """Queue the decoding on the current stream; `SlotCodec.decode` has checked the arguments."""
     prepared = _prepared(slot_codec)
     with torch.cuda.device(prepared.device):
-        status.zero_()
+        zero_words(status.data_ptr(), status.shape[0], prepared.device.index)
         prepared.decode(slots, slot_index, page_table, identities, status)
 
 
@@ -50,14 +50,15 @@ class _Workspace:
         self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._work = torch.empty(0, dtype=torch.int32, device=device)
 
-    def work(self, words: int, scratch_bytes: int) -> Tensor:
-        """`words` zeros, valid until the next call."""
+    def work(self, words: int, scratch_bytes: int) -> int:
+        """The address of `words` zeros, valid until the next call."""
         if self.scratch.numel() < scratch_bytes:
             self.scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=self._device)
         if self._work.numel() < words:
             self._work = torch.empty(2 * words, dtype=torch.int32, device=self._device)
-        work: Tensor = self._work[:words].zero_()
-        return work
+        address = self._work.data_ptr()
+        zero_words(address, words, self._device.index)
+        return address
 
 
 _WORKSPACES: dict[tuple[int, int], _Workspace] = {}
@@ -65,7 +66,7 @@ _WORKSPACES: dict[tuple[int, int], _Workspace] = {}
 
 def _workspace(device: torch.device) -> _Workspace:
     """The current stream's."""
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    key = device.index, current_stream_handle(device.index)
     found = _WORKSPACES.get(key)
     if found is None:
         found = _WORKSPACES[key] = _Workspace(device)
@@ -137,7 +138,7 @@ class _Prepared:
         source.num_tiles = chunks * source.tiles_per_chunk
         workspace = _workspace(self.device)
         work = workspace.work(kernels.work_words(chunks, source.num_tiles), self.encoder.scratch_bytes)
-        sink.work, sink.scratch = work.data_ptr(), workspace.scratch.data_ptr()
+        sink.work, sink.scratch = work, workspace.scratch.data_ptr()
         sink.slots, sink.slot_index, sink.identities = slots.data_ptr(), slot_index.data_ptr(), identities.data_ptr()
         sink.num_chunks = chunks
         retry = ctypes.c_int32(0)
