@@ -1,6 +1,7 @@
 """`kvferry bench`: without a GPU it says so; (`gpu`) with one it measures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,69 @@ def test_baseline_reports_what_it_measured(monkeypatch, tmp_path):
     assert content["machine"]["commit"] == "abc"
     assert content["settings"]["sizes"] == [4096, 131072]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_codec_needs_a_gpu():
+    result = run("codec", "--tensor-size", "8MiB")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: kvferry bench codec needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tensor-size", "8MB"), "'8MB' is no size"),
+        (("--encoding-mode", "fixed,quick"), "encoding mode='quick' is unknown"),
+        (("--error-bound", "-1"), "the error bound is -1.0"),
+        (("--sweep-bounds", "0.1,wide"), "could not convert string to float: 'wide'"),
+        (("--sweep-sms", "4,0"), "sweep_sms [4, 0]"),
+    ],
+)
+def test_codec_refuses_what_cannot_be(options, message):
+    result = run("codec", *options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+def test_codec_reports_what_it_measured(monkeypatch, tmp_path):
+    """With the CPU in the GPU's place, and a small cache."""
+    pytest.importorskip("matplotlib")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    from kvferry.bench import codec
+    from kvferry.bench.pipeline_cache import Shape
+    from kvferry.cli import bench
+
+    measure, small = codec.run, {"shape": Shape(2, 1), "chunk_tokens": 16, "ceiling_bytes": 4096}
+    monkeypatch.setattr(bench, "check_gpu", lambda command, device: None)
+    monkeypatch.setattr(
+        codec,
+        "run",
+        lambda tensors, plan, device, told: measure(tensors, replace(plan, **small), torch.device("cpu"), told),
+    )
+    monkeypatch.setattr("kvferry.bench.machine.describe", lambda device: {"gpu": "none", "commit": "abc"})
+    names = [f"layer.{layer:02}.{side}" for layer in range(2) for side in "kv"]
+    save_file({name: torch.randn(1, 1, 40, 32) for name in names}, tmp_path / "noise.safetensors")
+    options = ("--kv", tmp_path / "noise.safetensors", "--tensor-size", "16KiB,32KiB", "--encoding-mode", "fixed")
+    options += ("--encoding-mode", "raw", "--packing", "bitpack", "--iterations", 1, "--sweep-bounds", "0.1,0.4")
+    result = run("codec", *options, "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    for part in ("KV: noise, repeated", "32 KiB x 1", "fixed bitpack", "fp8 e4m3 cast", "By error bound", "a.json"):
+        assert part in result.stdout
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["machine"]["commit"] == "abc" and content["data"]["name"] == "noise"
+    assert content["plan"]["sizes"] == [16384, 32768] and content["plan"]["modes"] == ["fixed", "raw"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_codec_command(tmp_path):
+    options = ("--tensor-size", "8MiB", "--encoding-mode", "fixed", "--packing", "ans", "--iterations", 3)
+    result = run("codec", *options, "--output", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "a.json").read_text())["machine"]["gpu"]
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 import typer
 
 from kvferry.cli.bench import bench
+from kvferry.cli.bench_codec import codec
 from kvferry.cli.bench_pipeline import pipeline
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
@@ -20,6 +21,7 @@ app.command()(demo)
 app.command()(inspect)
 app.command()(doctor)
 app.command(context_settings=SERVE_CONTEXT)(serve)
+bench.command()(codec)
 bench.command()(pipeline)
 app.add_typer(bench)
 
