@@ -1,10 +1,19 @@
 """Engines for the tests, one at a time: starting another closes the one before."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Before anything imports vLLM, which looks at its platform once.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1"
+)
+if not torch.cuda.is_available():
+    os.environ.update(VLLM_TARGET_DEVICE="cpu", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
 
 Start = Callable[..., Any]
 

@@ -1,7 +1,7 @@
 """The operators that vLLM's CPU engine takes from its compiled extension, in plain PyTorch: enough for dense decoders.
 
 vLLM's wheel for CUDA has no CPU kernels. With these defined, its whole engine (scheduler, managers, connectors, worker,
-model) runs on any machine. Importing this twice does nothing.
+model) runs on any machine. Where there is a GPU, this defines nothing.
 """
 
 import torch
@@ -14,7 +14,7 @@ _LIBRARY = Library("_C", "FRAGMENT")
 
 def _define(schema: str, function: object) -> None:
     name = schema.split("(")[0]
-    if hasattr(torch.ops._C, name):
+    if torch.cuda.is_available() or hasattr(torch.ops._C, name):
         return
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")

@@ -1,23 +1,13 @@
-"""vLLM's engine on the CPU, around a tiny Llama of random weights."""
+"""vLLM's engine in this process, around a tiny model of random weights: on the CPU, or on a GPU where there is one."""
 
 import gc
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    VLLM_TARGET_DEVICE="cpu",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="WARNING",
-    HF_HUB_OFFLINE="1",
-)
-
-import cpu_operators  # noqa: F401  defines them
+import cpu_operators  # noqa: F401  defines them, for which vLLM must not have been started
+import torch
 from prompts import BLOCK, VOCABULARY
 from vllm import LLM, SamplingParams
 
@@ -26,19 +16,43 @@ from kvferry.integrations.vllm.connector import KVFerryConnector
 from kvferry.integrations.vllm.metrics import Counters
 from kvferry.integrations.vllm.select import transfer_config
 
+ON_GPU = torch.cuda.is_available()
 
-def make_model(folder: Path, **changes: Any) -> Path:
+
+def make_model(folder: Path) -> Path:
     """A Llama whose answers hang on every token it has seen: random weights, but not small ones."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    return _save(LlamaForCausalLM, LlamaConfig(**_SHAPE, rope_theta=10000.0), folder)
+
+
+def make_hybrid_model(folder: Path) -> Path:
+    """The same, but every other layer looks back 64 tokens only, which makes two KV cache groups."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shape = {**_SHAPE, "num_hidden_layers": 4}
+    return _save(LlamaForCausalLM, LlamaConfig(**shape, sliding_window=64, layer_types=kinds), folder)
+
+
+_SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _save(kind: Any, config: Any, folder: Path) -> Path:
     torch.manual_seed(3)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, vocab_size=VOCABULARY, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=1,
-        eos_token_id=2, **changes,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    kind(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -49,6 +63,10 @@ class Engine:
     def __init__(self, folder: Path, extra: dict[str, Any] | None, *, blocks: int = 64, **options: Any) -> None:
         if extra is not None:
             options["kv_transfer_config"] = config_of(extra)
+        if ON_GPU:
+            options.setdefault("gpu_memory_utilization", 0.2)
+        else:
+            options["compilation_config"] = {"custom_ops": ["none"]}
         self.llm = LLM(
             model=str(folder),
             skip_tokenizer_init=True,
@@ -58,7 +76,6 @@ class Engine:
             block_size=BLOCK,
             num_gpu_blocks_override=blocks,
             max_num_seqs=8,
-            compilation_config={"custom_ops": ["none"]},
             disable_log_stats=False,
             **options,
         )

@@ -48,6 +48,7 @@ class KVFerryConnector(OffloadingConnector):
             super().__init__(vllm_config, role, kv_cache_config)
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._since_start = Counters()
+        self._on_metrics = False
         self._said: set[str] = set()
 
     # -- worker side --------------------------------------------------------------------------------------------------
@@ -127,6 +128,9 @@ class KVFerryConnector(OffloadingConnector):
 
     def _add_gauges(self, stats: KVFerryStats) -> None:
         manager = self.scheduler.manager
+        if not self._on_metrics:
+            self._on_metrics = True
+            metrics.put_zeros(stats)
         stats.set_gauge(metrics.SLOTS_USED, compat.slots_used(manager))
         stats.set_gauge(metrics.SLOTS, compat.slots_of(manager))
         if self._since_start.stored_bytes:

@@ -216,6 +216,11 @@ def _parts(
             "kvferry: %d layers of KV cache group %d are not plain attention; they are stored raw (%d of %d bytes of a "
             "row)", len(opaque), number, slot_bytes, row_bytes,
         )  # fmt: skip
+    if at > row_bytes or (plain and row_bytes - at < _ROW_STEP_BYTES):
+        raise ValueError(
+            f"KV cache group {number} has {at} bytes of a row of {row_bytes} in layers that are stored raw: set "
+            "compression_ratio to 1"
+        )
     if plain:
         kv = _mixed([layer for layer, _ in plain], [widths for _, widths in plain])
         pages_per_block = kv.num_pages // num_blocks
@@ -229,11 +234,6 @@ def _parts(
             kv, codec, chunk_pages, slot_bytes, settings.overflow, settings.max_relaxations, num_sms=settings.num_sms
         )
         parts.append(Part(slot_codec, at, pages_per_block))
-    if parts[-1].stop > row_bytes:
-        raise ValueError(
-            f"KV cache group {number} needs {parts[-1].stop} bytes of each row of {row_bytes}: it holds layers "
-            "that are stored raw; set compression_ratio to 1"
-        )
     return parts
 
 

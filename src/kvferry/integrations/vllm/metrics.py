@@ -121,3 +121,9 @@ def put(counters: Counters, stats: OffloadingConnectorStats) -> None:
         value = getattr(counters, each.name)
         if value:
             stats.increase_counter(PREFIX + each.name, value)
+
+
+def put_zeros(stats: OffloadingConnectorStats) -> None:
+    """Let every counter be on /metrics, also those that never count: absent is not zero."""
+    for each in fields(Counters):
+        stats.increase_counter(PREFIX + each.name, 0)
