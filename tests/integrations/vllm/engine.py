@@ -67,15 +67,15 @@ class Engine:
             options.setdefault("gpu_memory_utilization", 0.2)
         else:
             options["compilation_config"] = {"custom_ops": ["none"]}
+        options.setdefault("max_model_len", 768)
+        options.setdefault("block_size", BLOCK)
+        options.setdefault("max_num_seqs", 8)
         self.llm = LLM(
             model=str(folder),
             skip_tokenizer_init=True,
             dtype="bfloat16",
             enforce_eager=True,
-            max_model_len=768,
-            block_size=BLOCK,
             num_gpu_blocks_override=blocks,
-            max_num_seqs=8,
             disable_log_stats=False,
             **options,
         )
