@@ -410,14 +410,15 @@ __device__ __noinline__ void settle(const Pending pending, const u8 *scratch, in
     if (PAGED && tile.local + 1 == s.tiles_per_chunk) finish_chunk(tile.chunk, (u32)end, relaxed, lane);
 }
 
-// Warps of a block go through a tile's phases together, so that the code of one phase at a time needs to be at hand.
-__device__ __forceinline__ void phase(int threads) {
-    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-}
+// Warps of a block go through a tile's phases together, so that the code of one phase at a time needs to be at hand. Warps without a
+// tile come along.
+constexpr int PHASES = RAW ? 0 : 2;
+
+__device__ __forceinline__ void next_phase() { __syncthreads(); }
 
 template <int CPL>
 __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, const Tile &tile, const Bounds &bounds, int relaxed, const int *radius,
-                                            u32 tables, const Stage &stage, u8 *scratch, Pending &pending, int threads, int lane) {
+                                            u32 tables, const Stage &stage, u8 *scratch, Pending &pending, int lane) {
     const int tokens = tile.tokens, channels = tile.channels, raw_size = tile.raw_size();
     if constexpr (RAW) {
         publish(sink, tile, 0.0f, raw_size, lane);
@@ -454,7 +455,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
             choice = choose_slowly<CPL>(rows, tokens, quantisers, radius);
         }
         __syncwarp();
-        phase(threads);
+        next_phase();
         const Layout<CPL> layout(choice, tokens, channels, rows.count, lane);
         __syncwarp();  // the list of repairs is done with
 #pragma unroll
@@ -507,7 +508,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         const bool raw = hopeless || coded_size >= raw_size;
         const int size = raw ? raw_size : coded_size;
         publish(sink, tile, most_bound, size, lane);
-        phase(threads);
+        next_phase();
         if (pending.tile >= 0) settle(pending, scratch, relaxed, lane);
         __syncwarp();
         pending = {tile.index, size, layout.planes_at, raw ? -1 : layout.steps_at - layout.planes_at, 0};
@@ -586,13 +587,16 @@ __device__ __noinline__ void encode_tiles(int first, int count, u32 *ticket, int
         __syncthreads();
         if (threadIdx.x == 0) round = (int)atomicAdd(ticket, (u32)each);
         __syncthreads();
-        const int active = min(each, count - round), i = round + warp, threads = 32 * active;
+        const int active = min(each, count - round), i = round + warp;
         if (active <= 0) break;
-        if (warp >= active) continue;
+        if (warp >= active) {
+            for (int p = 0; p < PHASES; ++p) next_phase();
+            continue;
+        }
         const Tile tile(s, first + i);
 #define KVF_ENCODE(CPL)                                                                                                     \
     case CPL:                                                                                                               \
-        encode_tile<CPL>(s, sink, tile, the_bounds, relaxed, radius, tables, stage, scratch, pending, threads, lane);           \
+        encode_tile<CPL>(s, sink, tile, the_bounds, relaxed, radius, tables, stage, scratch, pending, lane);           \
         break
         switch ((tile.channels + 31) / 32) { KVF_EACH_CPL(KVF_ENCODE) }
         __syncwarp();
