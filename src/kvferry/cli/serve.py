@@ -25,7 +25,7 @@ def serve(
     ] = None,
     compression_mode: Annotated[str | None, typer.Option(help="fixed (default), plain or outlier.")] = None,
     compression_ratio: Annotated[
-        float | None, typer.Option(help="Raw bytes over slot bytes (default: bounded 3.2, lossless 1.35).")
+        float | None, typer.Option(help="Raw bytes over slot bytes (default: bounded 3.0, lossless 1.35).")
     ] = None,
     cpu_gib: Annotated[float, typer.Option(help="Host memory for KV cache, in GiB.")] = 16.0,
     dry_run: Annotated[bool, typer.Option(help="Print the command, and do not run it.")] = False,

@@ -14,7 +14,7 @@ def test_defaults() -> None:
     settings = OffloadSettings.read({}, {})
     assert settings == OffloadSettings()
     assert settings.codec_for(torch.bfloat16) == Bounded(1e-2, relative=True, relative_to="tile", mode="fixed")
-    assert settings.ratio_for(torch.bfloat16) == 3.2
+    assert settings.ratio_for(torch.bfloat16) == 3.0
     assert settings.load_failure_policy == "recompute"
 
 

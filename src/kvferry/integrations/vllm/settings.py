@@ -22,7 +22,7 @@ PREFIX = "compression_"
 ENABLE_KEY = "enable_compression"
 CODECS = ("bounded", "lossless", "raw")
 RELATIVE_TO = ("tile", "channel", "absolute")
-DEFAULT_RATIOS = {"bounded": 3.2, "lossless": 1.35, "raw": 1.0}
+DEFAULT_RATIOS = {"bounded": 3.0, "lossless": 1.35, "raw": 1.0}
 """Of 16-bit caches: a little below what real KV reaches, so that few chunks meet a slot that is too small."""
 FP8_LOSSLESS_RATIO = 1.1
 """A float8 has few bits that can be predicted."""
@@ -75,7 +75,7 @@ class OffloadSettings:
                 "results choose the codec lossless"
             )
         if self.ratio is not None and not 1 <= self.ratio <= 64:
-            raise ValueError(f"{PREFIX}ratio={self.ratio!r} must be 1 to 64, such as 3.2; leave it out for the default")
+            raise ValueError(f"{PREFIX}ratio={self.ratio!r} must be 1 to 64, such as 3.0; leave it out for the default")
         for name, least, most in (("max_relaxations", 0, 64), ("ring_mib", 1, 1 << 16), ("num_sms", 1, 1 << 16)):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
