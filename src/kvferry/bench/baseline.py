@@ -32,7 +32,7 @@ class BaselineSettings:
     sizes: tuple[int, ...] = tuple(4096 << shift for shift in range(0, 19, 2))
     iterations: int = 30
     range_bytes: int = 64 << 10
-    case_seconds: float = 4.0
+    case_seconds: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) <= 0:

@@ -84,7 +84,7 @@ def test_a_warp_has_the_shared_memory_that_its_stage_takes(packing: str) -> None
         ("common.cu", "Source", kernels.Source),
         ("common.cu", "SlotFacts", kernels.SlotFacts),
         ("quantise.cu", "Bounds", kernels.Bounds),
-        ("encode.cu", "Sink", kernels.Sink),
+        ("place.cu", "Sink", kernels.Sink),
         ("decode.cu", "Input", kernels.Input),
     ],
 )

@@ -74,9 +74,7 @@ class Case:
             parts = ["common", "decode"]
         else:
             parts = ["common", "quantise", "choose", "gather"]
-            parts += {"ans": ["ans_encode"], "bitpack": ["bitpack_encode"], "none": ["bitpack_encode"]}[
-                self.packing
-            ] + ["encode"]
+            parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode", "place", "write", "encode"]
         folder = files(__package__)
         return "".join(folder.joinpath(f"{part}.cu").read_text() for part in parts)
 

@@ -1,0 +1,63 @@
+// Where tiles go. Behind ans_encode.cu or bitpack_encode.cu.
+//
+// A tile's place is known once all before it in its chunk know their sizes: each warp publishes its size, then looks back (D.
+// Merrill and M. Garland, "Single-pass parallel prefix scan with decoupled look-back", NVIDIA NVR-2016-002, section 4.1). Warps take tiles in
+// order, so whatever a warp waits for is already being worked on.
+
+// Where tiles go. Slots: chunk c to `slots + slot_index[c] * slot_bytes`. One payload: to `slots`, at most `slot_bytes`, with the
+// directory beside it. `work`: zeroed; {ticket, unused, overflow[chunks], bound[chunks], status[tiles]}.
+struct Sink {
+    u8 *slots;
+    i64 slot_bytes;
+    const int *slot_index;
+    const u64 *identities;
+    u32 *directory;
+    u32 *work;
+    u8 *scratch;  // SCRATCH_BYTES for each warp
+    SlotFacts facts;
+    int num_chunks, max_relaxations;
+
+    __device__ __forceinline__ u32 *overflow(int chunk) const { return work + 2 + chunk; }
+    __device__ __forceinline__ u32 *bound(int chunk) const { return work + 2 + num_chunks + chunk; }
+    __device__ __forceinline__ u32 *status(int tile) const { return work + 2 + 2 * num_chunks + tile; }
+    __device__ __forceinline__ u8 *slot(int chunk) const { return slots + (PAGED ? slot_index[chunk] * slot_bytes : 0); }
+    __device__ __forceinline__ i64 payload_at(int tiles) const { return PAGED ? SLOT_HEADER + 8 * (i64)tiles : 0; }
+};
+
+__shared__ Sink the_sink;
+
+constexpr u32 SIZE_KNOWN = 1, PLACE_KNOWN = 2;  // status: words << 2 | one of these
+
+__device__ __forceinline__ u32 peek(const u32 *p) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void poke(u32 *p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+
+// A tile's bound goes before its size: whoever has seen the sizes of a chunk has seen the bounds.
+__device__ __forceinline__ void publish(const Sink &sink, const Tile &tile, float bound, int size, int lane) {
+    if (BOUNDED && lane == 0 && !the_bounds.uniform()) {
+        atomicMax(sink.bound(tile.chunk), __float_as_uint(bound));
+        __threadfence();
+    }
+    if (lane == 0) poke(sink.status(tile.index), (u32)size / 4 << 2 | (tile.local ? SIZE_KNOWN : PLACE_KNOWN));
+}
+
+// Words of the chunk before a tile whose size is published.
+__device__ __forceinline__ u32 look_back(const Sink &sink, int tile, int local, u32 words, int lane) {
+    u32 before = 0;
+    for (int at = local - 1; at >= 0; at -= 32) {
+        const int mine = at - lane;
+        u32 status;
+        do status = mine >= 0 ? peek(sink.status(tile - local + mine)) : PLACE_KNOWN;
+        while (__any_sync(FULL, (status & 3) == 0));
+        const u32 placed = __ballot_sync(FULL, (status & 3) == PLACE_KNOWN);
+        const int last = placed ? __ffs(placed) - 1 : 31;
+        before += (u32)warp_sum(lane <= last ? (int)(status >> 2) : 0);
+        if (placed) break;
+    }
+    if (local && lane == 0) poke(sink.status(tile), (before + words) << 2 | PLACE_KNOWN);
+    return before;
+}
+
