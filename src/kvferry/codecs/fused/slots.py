@@ -2,6 +2,7 @@
 allocated only when a stream meets its first call, or its first with so many chunks."""
 
 import ctypes
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -46,6 +47,8 @@ class _Workspace:
     """What encoders on one stream use one after another: `scratch`, and `work` words that each call zeroes."""
 
     def __init__(self, device: torch.device) -> None:
+        # Held from the zeroing to the last launch that uses it: threads may share a stream.
+        self.lock = threading.Lock()
         self._device = device
         self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._work = torch.empty(0, dtype=torch.int32, device=device)
@@ -136,17 +139,18 @@ class _Prepared:
         source, sink = _copy(self.source), _copy(self.sink)
         source.pages = page_table.data_ptr()
         source.num_tiles = chunks * source.tiles_per_chunk
-        workspace = _workspace(self.device)
-        work = workspace.work(kernels.work_words(chunks, source.num_tiles), self.encoder.scratch_bytes)
-        sink.work, sink.scratch = work, workspace.scratch.data_ptr()
         sink.slots, sink.slot_index, sink.identities = slots.data_ptr(), slot_index.data_ptr(), identities.data_ptr()
         sink.num_chunks = chunks
         retry = ctypes.c_int32(0)
         arguments = Arguments(source, sink, self.bounds, *self.tables[:2], retry)
-        self.encoder.launch(source.num_tiles, self.num_sms, arguments)
-        if self.relaxations:
-            retry.value = 1
-            self.encoder.launch(chunks, self.num_sms, arguments)
+        workspace = _workspace(self.device)
+        with workspace.lock:
+            sink.work = workspace.work(kernels.work_words(chunks, source.num_tiles), self.encoder.scratch_bytes)
+            sink.scratch = workspace.scratch.data_ptr()
+            self.encoder.launch(source.num_tiles, self.num_sms, arguments)
+            if self.relaxations:
+                retry.value = 1
+                self.encoder.launch(chunks, self.num_sms, arguments)
 
     def decode(self, slots: Tensor, slot_index: Tensor, page_table: Tensor, identities: Tensor, status: Tensor) -> None:
         source = _copy(self.source)
