@@ -43,3 +43,14 @@ class BlockSpec:
 def as_bits(tensor: Tensor) -> Tensor:
     """The same memory as integers of the same size."""
     return tensor.view(BIT_DTYPES[tensor.dtype.itemsize])
+
+
+def each_element_once(tensor: Tensor) -> bool:
+    """Whether every dimension's stride spans all smaller ones: sufficient for elements that do not share memory."""
+    reach = 1
+    for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if extent > 1:
+            if stride < reach:
+                return False
+            reach = stride * (extent - 1) + reach
+    return True

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvferry.blocks import FLOAT_DTYPES, FP8_DTYPES
+from kvferry.blocks import FLOAT_DTYPES, FP8_DTYPES, each_element_once
 from kvferry.codecs.tiling import TILE_CHANNELS, channel_segments
 from kvferry.format.slot import layout_digest
 
@@ -221,21 +221,10 @@ def _check_line(line: Tensor, name: str) -> None:
         raise ValueError(
             f"the tokens of {name} are {line.stride(1)} elements apart: at most {_MOST_TOKEN_STRIDE} bytes"
         )
-    if _overlaps(line):
+    if not each_element_once(line):
         raise ValueError(
             f"values of {name} share memory (strides {line.stride()}): an expanded tensor cannot be decoded"
         )
-
-
-def _overlaps(line: Tensor) -> bool:
-    """Whether two of its values may be one in memory: a dimension steps less far than those within it reach."""
-    reach = 1
-    for stride, size in sorted(zip(line.stride(), line.shape, strict=True)):
-        if size > 1:
-            if stride < reach:
-                return True
-            reach = stride * (size - 1) + reach
-    return False
 
 
 def _describe(line: Tensor) -> str:

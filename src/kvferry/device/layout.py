@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvferry.blocks import each_element_once
 from kvferry.device.memory import span
 
 MAX_PITCH = (1 << 31) - 1
@@ -40,7 +41,7 @@ def check_pair(dst: Tensor, src: Tensor) -> None:
             f"dst has the shape {list(dst.shape)} and src {list(src.shape)}: copies do not broadcast, "
             "use view or expand to make them agree"
         )
-    if not dst.is_contiguous() and dst.numel() and not _each_element_once(dst):
+    if not dst.is_contiguous() and dst.numel() and not each_element_once(dst):
         raise ValueError(
             f"elements of dst share memory or may do so (shape {list(dst.shape)}, strides {list(dst.stride())}): "
             "copy to a tensor without overlap"
@@ -107,14 +108,3 @@ def is_plain(dst: Tensor, src: Tensor) -> bool:
     if dst.is_neg() != src.is_neg() or dst.is_conj() != src.is_conj():
         return False
     return not ((dst.requires_grad or src.requires_grad) and torch.is_grad_enabled())
-
-
-def _each_element_once(tensor: Tensor) -> bool:
-    """Whether every dimension's stride spans all smaller ones: sufficient for elements that do not share memory."""
-    reach = 1
-    for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if extent > 1:
-            if stride < reach:
-                return False
-            reach = stride * (extent - 1) + reach
-    return True

@@ -74,20 +74,7 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
     return v;
 }
-__device__ __forceinline__ u32 load_shared_u16(u32 address) {
-    u16 v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-    return v;
-}
-__device__ __forceinline__ uint2 load_shared_pair(u32 address) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-    return v;
-}
 __device__ __forceinline__ void store_shared(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
-__device__ __forceinline__ void store_shared_u16(u32 address, u32 v) {
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"((u16)v) : "memory");
-}
 __device__ __forceinline__ u32 load_shared_u8(u32 address) {
     u32 v;
     asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
@@ -429,3 +416,26 @@ struct Rows {
         }
     }
 };
+
+// CASE(n); for each number of channels a lane that occurs.
+#define KVF_EACH_CPL(CASE) KVF_CASE_1(CASE) KVF_CASE_2(CASE) KVF_CASE_3(CASE) KVF_CASE_4(CASE)
+#define KVF_CASE_1(CASE)
+#define KVF_CASE_2(CASE)
+#define KVF_CASE_3(CASE)
+#define KVF_CASE_4(CASE)
+#if KVF_CPLS & 1
+#undef KVF_CASE_1
+#define KVF_CASE_1(CASE) CASE(1);
+#endif
+#if KVF_CPLS & 2
+#undef KVF_CASE_2
+#define KVF_CASE_2(CASE) CASE(2);
+#endif
+#if KVF_CPLS & 4
+#undef KVF_CASE_3
+#define KVF_CASE_3(CASE) CASE(3);
+#endif
+#if KVF_CPLS & 8
+#undef KVF_CASE_4
+#define KVF_CASE_4(CASE) CASE(4);
+#endif

@@ -462,20 +462,7 @@ extern "C" __global__ void __launch_bounds__(KVF_THREADS, KVF_BLOCKS) kvf_decode
     case CPL:                                                                                                               \
         good = decode_tile<CPL>(dst, tile, in, size, PAGED, seed, checksum, tables_address, stage, lane);                   \
         break
-            switch ((tile.channels + 31) / 32) {
-#if KVF_CPLS & 1
-                KVF_DECODE(1);
-#endif
-#if KVF_CPLS & 2
-                KVF_DECODE(2);
-#endif
-#if KVF_CPLS & 4
-                KVF_DECODE(3);
-#endif
-#if KVF_CPLS & 8
-                KVF_DECODE(4);
-#endif
-            }
+            switch ((tile.channels + 31) / 32) { KVF_EACH_CPL(KVF_DECODE) }
             if (!good) status = CORRUPT;
         }
         __syncwarp();

@@ -42,28 +42,6 @@ __device__ __noinline__ void finish_chunk(int chunk, u32 payload, int relaxed, i
     if (lane == 0) poke(sink.overflow(chunk), 0);
 }
 
-#define KVF_EACH_CPL(CASE) KVF_CASE_1(CASE) KVF_CASE_2(CASE) KVF_CASE_3(CASE) KVF_CASE_4(CASE)
-#define KVF_CASE_1(CASE)
-#define KVF_CASE_2(CASE)
-#define KVF_CASE_3(CASE)
-#define KVF_CASE_4(CASE)
-#if KVF_CPLS & 1
-#undef KVF_CASE_1
-#define KVF_CASE_1(CASE) CASE(1);
-#endif
-#if KVF_CPLS & 2
-#undef KVF_CASE_2
-#define KVF_CASE_2(CASE) CASE(2);
-#endif
-#if KVF_CPLS & 4
-#undef KVF_CASE_3
-#define KVF_CASE_3(CASE) CASE(3);
-#endif
-#if KVF_CPLS & 8
-#undef KVF_CASE_4
-#define KVF_CASE_4(CASE) CASE(4);
-#endif
-
 __device__ __forceinline__ u64 planes_of(const Tile &tile, u8 *out, int planes_at, int lane) {
 #define KVF_PLANES(CPL) \
     case CPL:           \

@@ -1,4 +1,4 @@
-// Where tiles go. Behind ans_encode.cu or bitpack_encode.cu.
+// A tile's place in its slot or payload. Behind ans_encode.cu or bitpack_encode.cu.
 //
 // A tile's place is known once all before it in its chunk know their sizes: each warp publishes its size, then looks back (D.
 // Merrill and M. Garland, "Single-pass parallel prefix scan with decoupled look-back", NVIDIA NVR-2016-002, section 4.1). Warps take tiles in
