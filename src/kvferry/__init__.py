@@ -11,12 +11,18 @@ from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.raw import Raw
 from kvferry.codecs.slots import SlotCodec, decode_from_slots, encode_into_slots
+from kvferry.codecs.transform import Transform
+from kvferry.codecs.transform import register as register_profile
+from kvferry.codecs.transform.profile import Profile
+from kvferry.codecs.transform.rope import Rope
 from kvferry.errors import (
     BoundTooTight,
     CorruptFrame,
+    CorruptProfile,
     KVFerryError,
     OutOfDeviceMemory,
     OutOfHostMemory,
+    ProfileMismatch,
     UnsupportedVersion,
 )
 from kvferry.pages import PagedKV
@@ -31,6 +37,7 @@ __all__ = [
     "Bounded",
     "Codec",
     "CorruptFrame",
+    "CorruptProfile",
     "FrameInfo",
     "HostStore",
     "KVFerryError",
@@ -38,9 +45,13 @@ __all__ = [
     "OutOfDeviceMemory",
     "OutOfHostMemory",
     "PagedKV",
+    "Profile",
+    "ProfileMismatch",
     "Raw",
+    "Rope",
     "SlotCodec",
     "Transfers",
+    "Transform",
     "UnsupportedVersion",
     "codecs",
     "compress",
@@ -48,4 +59,5 @@ __all__ = [
     "decompress",
     "encode_into_slots",
     "inspect",
+    "register_profile",
 ]

@@ -23,3 +23,11 @@ class OutOfHostMemory(KVFerryError):
 
 class OutOfDeviceMemory(KVFerryError):
     """The memory that transfers need on a GPU, once and for all, is not free there."""
+
+
+class CorruptProfile(KVFerryError):
+    """The file is no profile of the transform codec, or it was altered."""
+
+
+class ProfileMismatch(KVFerryError):
+    """A profile of another model, shape or RoPE than what it is used on, or one that is not loaded."""

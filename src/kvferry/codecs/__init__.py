@@ -9,9 +9,10 @@ from kvferry.codecs.base import Codec
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.raw import Raw
+from kvferry.codecs.transform import Transform
 
 ENTRY_POINT_GROUP = "kvferry.codecs"
-BUILT_IN: tuple[type[Codec], ...] = (Raw, Lossless, Bounded)
+BUILT_IN: tuple[type[Codec], ...] = (Raw, Lossless, Bounded, Transform)
 
 
 @cache

@@ -1,0 +1,364 @@
+"""Transform coding with a calibrated profile: more quality per byte than any codec that knows nothing of the model.
+
+The heads of a layer are alike, and a basis that is made for them (Karhunen-Loeve, from calibration) leaves most of its
+coefficients near zero, where entropy coding makes them cost next to nothing: reverse water-filling with one step for
+all (T. Cover and J. Thomas, "Elements of Information Theory", section 10.3.3; for KV caches, KVTC, arXiv:2511.01815).
+Keys are turned back by RoPE first. What is coded are float16 coefficients, by the coder of `bounded`.
+"""
+
+import math
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvferry.blocks import MANTISSA_BITS, BlockSpec
+from kvferry.codecs.base import Codec, Encoded
+from kvferry.codecs.bounded import Bounded
+from kvferry.codecs.checks import one_of
+from kvferry.codecs.tiling import TILE_TOKENS
+from kvferry.codecs.transform import reference
+from kvferry.codecs.transform.profile import SIDES, Profile, SideProfile
+from kvferry.codecs.transform.reference import Angles, Matrices
+from kvferry.errors import BoundTooTight, CorruptFrame, ProfileMismatch
+from kvferry.format.frame import Frame, FrameHeader, frame_overhead, read_frame, write_frame
+from kvferry.packing import PACKERS
+
+_PARAMS = struct.Struct("<HBBIQ16s")
+_PARAMS_VERSION = 1
+_COUNT = struct.Struct("<II")
+_NO_VALUES = np.zeros(0, dtype=np.int64)
+SCALES = tuple(2.0 ** (i / 8) for i in range(-48, 65))
+"""What `ratio` chooses from, in units of the profile's steps."""
+COEFFICIENTS = torch.float16
+
+
+@dataclass(frozen=True)
+class Transform(Codec):
+    """Coefficients of a `profile`'s basis, each within 0.5 x `error_bound` of the profile's step for the layer and
+    side: `error_bound=1` is what the profile's certificate was measured at, 0.5 halves every error.
+
+    The guarantee is on vectors: the values of a group of heads at a token (`profile.n` of them: one head's, or those
+    of all heads of a layer) come back within `l2_bound` in Euclidean distance, so no single value is further off
+    either. To that add, in relation to a vector's distance from the mean, `relative_error` (the arithmetic), and of
+    each value half a unit in the last place for rounding to the dtype. Blocks of 64 tokens with a value that is not
+    finite come back bit for bit.
+
+    `ratio`: instead of the error bound, the smallest that makes a frame (or a chunk fit its slot) `ratio` times
+    smaller than the raw values. `layer` (its index) and `side` ("k" or "v") say what is encoded; without them, this is
+    a choice: called with `(layer, side, tensor)` it returns the codec for them, as `HostStore.put_cache` asks.
+    `first_position`: of the first token. `packing`: "ans" or "bitpack". Decoding needs the same profile: one that a
+    `Transform` was made of in this process, or `register`.
+
+    Raises `ValueError` for parameters that are none of this.
+    """
+
+    profile: Profile
+    layer: int | None = None
+    side: str | None = None
+    error_bound: float = 1.0
+    ratio: float | None = None
+    first_position: int = 0
+    packing: str = "ans"
+
+    name: ClassVar[str] = "transform"
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.profile, Profile):
+            raise TypeError(f"profile is a {type(self.profile).__name__}; load one with kvferry.Profile.load(path)")
+        if not 0 < self.error_bound <= sys.float_info.max:
+            raise ValueError(f"error_bound={self.error_bound!r} must be a finite number above 0")
+        if self.ratio is not None and not 1 <= self.ratio < math.inf:
+            raise ValueError(f"ratio={self.ratio!r} must be at least 1, such as 6.0")
+        if self.first_position < 0:
+            raise ValueError(f"first_position={self.first_position} must be 0 or more")
+        if (self.layer is None) != (self.side is None):
+            raise ValueError(f"layer={self.layer} and side={self.side!r}: give both, or neither for a choice")
+        if self.side is not None and self.layer is not None:
+            one_of("side", self.side, SIDES)
+            self.profile.side(self.layer, self.side)
+        one_of("packing", self.packing, PACKERS)
+        register(self.profile)
+
+    def __call__(self, layer_index: int, which: str, tensor: Tensor) -> "Transform":
+        """The codec for a layer's `which` ("k" or "v") `[batch, heads, tokens, head_dim]`."""
+        return replace(self, layer=layer_index, side=which)
+
+    @property
+    def part(self) -> SideProfile:
+        """The profile of this layer and side. Raises `ValueError` for a choice."""
+        if self.layer is None or self.side is None:
+            raise ValueError("this Transform is for no layer: give layer= and side=, or call it to choose")
+        return self.profile.side(self.layer, self.side)
+
+    @property
+    def l2_bound(self) -> float:
+        """Largest Euclidean error of a group's vector before rounding to the dtype, `relative_error` apart (with
+        `ratio`: at the profile's own steps)."""
+        return l2_bound(self.part, 1.0 if self.ratio is not None else self.error_bound)
+
+    @property
+    def relative_error(self) -> float:
+        """What the arithmetic adds, in relation to a vector's distance from the mean: bases of 16 bits, rows of 16
+        bits, coefficients of 11."""
+        return relative_error(self.part)
+
+    def num_tiles(self, spec: BlockSpec) -> int:
+        return self._coder(1.0).num_tiles(spec)
+
+    def max_payload_bytes(self, spec: BlockSpec) -> int:
+        # Every block could be stored as it is, beside coefficients that are zero but not known to be.
+        inner = self._coder(1.0).max_encoded_bytes(BlockSpec(spec.shape, COEFFICIENTS))
+        blocks = -(-spec.num_values // self.profile.head_dim)
+        return _COUNT.size + 4 * blocks + spec.raw_bytes + 8 + inner
+
+    def max_encoded_bytes(self, spec: BlockSpec) -> int:
+        return self.max_payload_bytes(spec) + frame_overhead(len(spec.shape), 0, _PARAMS.size)
+
+    def encode(self, tensor: Tensor) -> Encoded:
+        """Encode K or V `[..., heads, tokens, head_dim]`. Raises `ProfileMismatch` for another shape, `BoundTooTight`
+        where no step gives the `ratio`."""
+        part = self.part
+        rows = self._layers(tensor)
+        matrices, angles = self._at(tensor, part)
+        coefficients = torch.empty(rows.shape, dtype=COEFFICIENTS, device=tensor.device)
+        bad = torch.zeros(len(rows), part.groups, rows.shape[2], dtype=torch.bool, device=tensor.device)
+        for number, row in enumerate(rows):
+            coefficients[number], bad[number] = reference.forward(row, matrices, angles)
+        blocks = _special_blocks(bad)
+        kept = _pack_special(rows, blocks, part.groups)
+        if blocks:
+            _zero_blocks(coefficients, blocks, part.groups)
+        coefficients = coefficients.reshape(tensor.shape)
+        scale, inner = self._code(coefficients, len(kept), BlockSpec.of(tensor))
+        payload = kept + inner
+        assert self.layer is not None and self.side is not None
+        header = FrameHeader(
+            codec=self.name,
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            packing=self.packing,
+            bound_asked=float(self.error_bound),
+            bound_used=_pointwise_bound(rows, bad, matrices, angles, part, scale),
+            params=_PARAMS.pack(
+                _PARAMS_VERSION,
+                SIDES.index(self.side),
+                0,
+                self.layer,
+                self.first_position,
+                bytes.fromhex(self.profile.digest),
+            ),
+        )
+        return Encoded(header, _NO_VALUES, torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+
+    def _code(self, coefficients: Tensor, kept: int, spec: BlockSpec) -> tuple[float, bytes]:
+        """(error bound, inner frame) of the coefficients, at the asked bound or to the asked ratio."""
+        if self.ratio is None:
+            return self.error_bound, _frame(coefficients, self._coder(self.error_bound))
+        room = spec.raw_bytes / self.ratio - frame_overhead(len(spec.shape), 0, _PARAMS.size) - kept
+        low, high = 0, len(SCALES) - 1
+        best = _frame(coefficients, self._coder(SCALES[high]))
+        if len(best) > room:
+            raise BoundTooTight(
+                f"ratio={self.ratio} is out of reach: at {SCALES[high]:g} times the profile's steps, "
+                f"{spec.raw_bytes} bytes still take {len(best) + kept}; ask for less"
+            )
+        while low < high:
+            middle = (low + high) // 2
+            frame = _frame(coefficients, self._coder(SCALES[middle]))
+            if len(frame) <= room:
+                high, best = middle, frame
+            else:
+                low = middle + 1
+        return SCALES[high], best
+
+    def _coder(self, error_bound: float) -> Bounded:
+        return coefficient_coder(error_bound, self.packing)
+
+    def _layers(self, tensor: Tensor) -> Tensor:
+        """`[batch, heads, tokens, head_dim]`, contiguous."""
+        if tensor.dim() < 3:
+            raise ProfileMismatch(f"a tensor {tuple(tensor.shape)} has no heads: give [..., heads, tokens, head_dim]")
+        self.profile.check(heads=tensor.shape[-3], head_dim=tensor.shape[-1])
+        return tensor.reshape(math.prod(tensor.shape[:-3]), *tensor.shape[-3:])
+
+    def _at(self, tensor: Tensor, part: SideProfile) -> tuple[Matrices, Angles | None]:
+        assert self.side is not None
+        positions = torch.arange(tensor.shape[-2], device=tensor.device) + self.first_position
+        return Matrices.of(part, tensor.device), Angles.of(self.profile, self.side, positions)
+
+    @classmethod
+    def check_size(cls, frame: Frame) -> None:
+        _, inner = _split(frame)
+        header = read_frame(inner).header
+        if header.shape != frame.header.shape or header.codec != Bounded.name or header.dtype != COEFFICIENTS:
+            raise CorruptFrame(
+                f"the coefficients are {header.codec} {header.shape} {header.dtype}, not what was framed"
+            )
+        Bounded.check_size(read_frame(inner))
+        if frame.header.dtype not in cls.dtypes or len(frame.header.shape) < 3:
+            raise CorruptFrame(f"a transform frame of {frame.header.dtype} {frame.header.shape}")
+
+    @classmethod
+    def decode(cls, frame: Frame, out: Tensor) -> None:
+        """Raises `ProfileMismatch` if the frame's profile is not loaded in this process."""
+        version, side, reserved, layer, first_position, digest = _unpack_params(frame.header.params)
+        if version != _PARAMS_VERSION or side >= len(SIDES) or reserved:
+            raise CorruptFrame(f"parameters of version {version}, side {side}: not what this version writes")
+        profile = _PROFILES.get(digest.hex())
+        if profile is None:
+            raise ProfileMismatch(
+                f"the frame needs the profile {digest.hex()}: load it with kvferry.Profile.load(path) and "
+                "kvferry.register_profile(profile)"
+            )
+        codec = cls(profile, layer, SIDES[side], first_position=first_position)
+        shape = frame.header.shape
+        if (shape[-3], shape[-1]) != (profile.heads, profile.head_dim):
+            raise CorruptFrame(f"{shape} is not the shape of the profile's layers")
+        kept, inner = _split(frame)
+        coefficients = torch.empty(shape, dtype=COEFFICIENTS, device=out.device)
+        Bounded.decode(read_frame(inner), coefficients)
+        coefficients = torch.where(coefficients.isfinite(), coefficients, 0.0)
+        matrices, angles = codec._at(out, codec.part)
+        rows, targets = codec._layers(coefficients), codec._layers(out)
+        for row, target in zip(rows, targets, strict=True):
+            target.copy_(reference.inverse(row, matrices, angles, out.dtype))
+        _unpack_special(kept, targets, codec.part.groups)
+
+
+_PROFILES: dict[str, Profile] = {}
+
+
+def register(profile: Profile) -> None:
+    """Let frames that were made with `profile` be decoded in this process."""
+    _PROFILES.setdefault(profile.digest, profile)
+
+
+def coefficient_coder(error_bound: float, packing: str = "ans") -> Bounded:
+    """What codes coefficients in units of the profile's steps."""
+    return Bounded(error_bound=0.5 * error_bound, relative=False, packing=packing)
+
+
+def l2_bound(part: SideProfile, error_bound: float) -> float:
+    """Largest Euclidean error of a group's vector at `error_bound`, but for `relative_error` and rounding."""
+    each = 0.5 * error_bound + reference.SMALLEST
+    return part.step * math.sqrt(part.n) * each * (1 + part.deviation + 2.0**-15 * math.sqrt(part.n)) * (1 + 2.0**-16)
+
+
+def relative_error(part: SideProfile) -> float:
+    """Largest Euclidean error of a group's vector that the arithmetic makes, over its distance from the mean."""
+    return (part.deviation + 2.0**-11 + math.sqrt(part.n) * 2.0**-14) * (1 + part.deviation) + 2.0**-18
+
+
+def _pointwise_bound(
+    rows: Tensor, bad: Tensor, matrices: Matrices, angles: Angles | None, part: SideProfile, scale: float
+) -> float:
+    """What no delivered value is further off than: of the longest vector, all that the guarantee adds up."""
+    longest, largest = 0.0, 0.0
+    for row, special in zip(rows, bad, strict=True):
+        x = torch.where(row.isfinite(), row, 0.0).float()
+        turned = x if angles is None else angles.rope.unrotate(x, angles.cos, angles.sin)
+        distance = (reference.group_rows(turned, matrices) - matrices.mean[:, None]).double().norm(dim=-1)
+        distance = torch.where(special, 0.0, distance)
+        whole = torch.where(special, 0.0, reference.group_rows(x, matrices).abs().amax(-1))
+        if distance.numel():
+            longest, largest = max(longest, float(distance.max())), max(largest, float(whole.max()))
+    error = l2_bound(part, scale) + relative_error(part) * longest
+    half_unit = (largest + error) * 2.0 ** -(MANTISSA_BITS[rows.dtype] + 1)
+    return error + half_unit
+
+
+def _frame(coefficients: Tensor, codec: Bounded) -> bytes:
+    encoded = codec.encode(coefficients)
+    payload = encoded.payload.contiguous().numpy().data if encoded.payload.numel() else b""
+    return write_frame(encoded.header, encoded.sizes, payload)
+
+
+# -- blocks of 64 tokens of a group that are stored as they are -------------------------------------------------------
+
+
+def _special_blocks(bad: Tensor) -> list[tuple[int, int, int]]:
+    """(row, group, block) of each block with a token that is `bad`, bool `[B, G, T]`, ascending."""
+    padded = torch.nn.functional.pad(bad, (0, -bad.shape[2] % TILE_TOKENS))
+    found: list[Any] = padded.unflatten(2, (-1, TILE_TOKENS)).any(3).nonzero().tolist() if bad.numel() else []
+    return [(row, group, block) for row, group, block in found]
+
+
+def _block(rows: Tensor, groups: int, place: tuple[int, int, int]) -> Tensor:
+    """The values `[group_heads, at most 64, D]` of a block of `rows` `[B, H, T, D]`."""
+    row, group, block = place
+    heads = rows.shape[1] // groups
+    return rows[row, group * heads : (group + 1) * heads, block * TILE_TOKENS : (block + 1) * TILE_TOKENS]
+
+
+def _zero_blocks(rows: Tensor, blocks: list[tuple[int, int, int]], groups: int) -> None:
+    for place in blocks:
+        _block(rows, groups, place).zero_()
+
+
+def _pack_special(rows: Tensor, blocks: list[tuple[int, int, int]], groups: int) -> bytes:
+    """`u32 count, u32 bytes`, the blocks' numbers u32, their values; padded to 8."""
+    per_row = -(-rows.shape[2] // TILE_TOKENS)
+    numbers = np.array([(row * groups + group) * per_row + block for row, group, block in blocks], dtype="<u4")
+    values = b"".join(
+        _block(rows, groups, place).contiguous().view(torch.uint8).cpu().numpy().tobytes() for place in blocks
+    )
+    body = _COUNT.pack(len(blocks), len(values)) + numbers.tobytes() + values
+    return body.ljust(-(-len(body) // 8) * 8, b"\0")
+
+
+def _special_bytes(payload: memoryview) -> tuple[int, int, int]:
+    """(blocks, bytes of their values, bytes of all of it with padding). Raises `CorruptFrame`."""
+    if len(payload) < _COUNT.size:
+        raise CorruptFrame(f"a payload of {len(payload)} bytes is too short")
+    count, num_bytes = _COUNT.unpack_from(payload)
+    whole = -(-(_COUNT.size + 4 * count + num_bytes) // 8) * 8
+    if whole > len(payload):
+        raise CorruptFrame(f"{count} blocks of {num_bytes} bytes do not fit into a payload of {len(payload)}")
+    return count, num_bytes, whole
+
+
+def _split(frame: Frame) -> tuple[memoryview, memoryview]:
+    """(what `_pack_special` made, the coefficients' frame)."""
+    *_, whole = _special_bytes(frame.payload)
+    return frame.payload[:whole], frame.payload[whole:]
+
+
+def _unpack_special(kept: memoryview, rows: Tensor, groups: int) -> None:
+    for block, data in _kept_blocks(kept, rows, groups):
+        block.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows.dtype).reshape(block.shape))
+
+
+def _kept_blocks(kept: memoryview, rows: Tensor, groups: int) -> Iterator[tuple[Tensor, memoryview]]:
+    """Each block's place in `rows` and its bytes. Raises `CorruptFrame` before any is written where they contradict
+    the shape."""
+    count, num_bytes, _ = _special_bytes(kept)
+    per_row = -(-rows.shape[2] // TILE_TOKENS)
+    numbers = np.frombuffer(kept, dtype="<u4", count=count, offset=_COUNT.size).astype(np.int64)
+    if count and int(numbers.max()) >= len(rows) * groups * per_row:
+        raise CorruptFrame(f"block {int(numbers.max())} is not in a tensor of {len(rows) * groups * per_row}")
+    places = [(int(n) // per_row // groups, int(n) // per_row % groups, int(n) % per_row) for n in numbers]
+    blocks = [_block(rows, groups, place) for place in places]
+    if sum(block.numel() for block in blocks) * rows.element_size() != num_bytes:
+        raise CorruptFrame(f"{count} blocks do not have {num_bytes} bytes")
+    at = _COUNT.size + 4 * count
+    parts = []
+    for block in blocks:
+        size = block.numel() * rows.element_size()
+        parts.append((block, kept[at : at + size]))
+        at += size
+    return iter(parts)
+
+
+def _unpack_params(params: bytes) -> tuple[int, int, int, int, int, bytes]:
+    if len(params) != _PARAMS.size:
+        raise CorruptFrame(f"{len(params)} bytes of parameters, not {_PARAMS.size}")
+    version, side, reserved, layer, first_position, digest = _PARAMS.unpack(params)
+    return version, side, reserved, layer, first_position, digest

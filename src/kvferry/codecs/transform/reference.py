@@ -1,0 +1,110 @@
+"""The transform in plain PyTorch, on any device (docs/format.md, `transform`).
+
+Matrix products are of integers and exact, and everything else is single IEEE operations in a fixed order: a CPU and a
+GPU make the same coefficients, bit for bit, and hence the same bytes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvferry.codecs.transform.profile import BASIS_BITS, Profile, SideProfile
+from kvferry.codecs.transform.rope import Rope
+
+ROW_BITS = 15
+"""A row is scaled by a power of two such that its largest value takes so many bits."""
+SMALLEST = 2.0**-12
+"""Coefficients below are zero: denormals, which the coder would have to store in full, begin at 2**-14."""
+LARGEST = 65504.0
+_SMALLEST_EXPONENT, _LARGEST_EXPONENT = -60, 128
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A `SideProfile` where it is used: `mean` float32 `[G, n]`, `basis` float64 `[G, n, n]` (integers), `step` and its
+    reciprocal float32 `[]`."""
+
+    mean: Tensor
+    basis: Tensor
+    step: Tensor
+    inverse_step: Tensor
+
+    @classmethod
+    def of(cls, side: SideProfile, device: torch.device) -> "Matrices":
+        step = torch.tensor(side.step, dtype=torch.float32, device=device)
+        return cls(side.mean.to(device), side.basis.to(device).double(), step, 1 / step)
+
+
+@dataclass(frozen=True)
+class Angles:
+    """RoPE at each token: float32 `[T, rotary_dim/2]` each; None where nothing is turned (values)."""
+
+    rope: Rope
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, profile: Profile, side: str, positions: Tensor) -> "Angles | None":
+        if side != "k" or not profile.rope.rotary_dim:
+            return None
+        cos, sin = profile.rope.table(positions)
+        return cls(profile.rope, cos.to(positions.device), sin.to(positions.device))
+
+
+def scaled_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows @ matrix / 2**15`, float32 `[G, R, n]`, of float32 `rows` `[G, R, n]` (finite) and integers `matrix`
+    float64 `[G, n, n]`: each row is rounded to 16-bit integers under a power of two of its own, multiplied exactly
+    (sums stay below 2**53), and rounded once to float32."""
+    exponent = torch.frexp(rows.abs().amax(-1, keepdim=True)).exponent
+    exponent = exponent.clamp(_SMALLEST_EXPONENT, _LARGEST_EXPONENT)
+    most = (1 << ROW_BITS) - 1
+    whole = (rows * _power_of_two(ROW_BITS - exponent)).round().clamp(-most, most)
+    product = (whole.double() @ matrix).float()
+    return product * _power_of_two(exponent - ROW_BITS - BASIS_BITS)
+
+
+def forward(values: Tensor, matrices: Matrices, angles: Angles | None) -> tuple[Tensor, Tensor]:
+    """(coefficients float16 `[H, T, D]`, which tokens of which group have none, bool `[G, T]`) of a layer's K or V
+    `[H, T, D]`. Where there are none (a value that is not finite, a coefficient beyond float16) they are 0."""
+    x = values.float()
+    finite = x.isfinite()
+    x = torch.where(finite, x, 0.0)
+    if angles is not None:
+        x = angles.rope.unrotate(x, angles.cos, angles.sin)
+    rows = group_rows(x, matrices) - matrices.mean[:, None]
+    # Finite values near the end of float32 may leave it here.
+    bad = ~group_rows(finite, matrices).all(-1) | ~rows.isfinite().all(-1)
+    units = scaled_product(torch.where(bad[..., None], 0.0, rows), matrices.basis) * matrices.inverse_step
+    bad |= (units.abs() > LARGEST).any(-1)
+    small = (units.abs() < SMALLEST) | bad[..., None]
+    coefficients = torch.where(small, 0.0, units).to(torch.float16)
+    return ungroup_rows(coefficients, values.shape[-1]), bad
+
+
+def inverse(coefficients: Tensor, matrices: Matrices, angles: Angles | None, dtype: torch.dtype) -> Tensor:
+    """The values `[H, T, D]` of `dtype` that coefficients float16 `[H, T, D]` stand for."""
+    rows = scaled_product(group_rows(coefficients.float(), matrices), matrices.basis.transpose(1, 2))
+    x = ungroup_rows(rows * matrices.step + matrices.mean[:, None], coefficients.shape[-1])
+    if angles is not None:
+        x = angles.rope.rotate(x, angles.cos, angles.sin)
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
+
+
+def group_rows(x: Tensor, matrices: Matrices) -> Tensor:
+    """`[H, T, D]` as `[G, T, n]`: the heads of a group side by side."""
+    groups, n = matrices.mean.shape
+    heads, tokens, dim = x.shape
+    return x.reshape(groups, heads // groups, tokens, dim).transpose(1, 2).reshape(groups, tokens, n)
+
+
+def ungroup_rows(rows: Tensor, head_dim: int) -> Tensor:
+    """Undo `group_rows`: coefficient j of a group lies in its head `j // head_dim`, channel `j % head_dim`."""
+    groups, tokens, n = rows.shape
+    return rows.reshape(groups, tokens, n // head_dim, head_dim).transpose(1, 2).reshape(-1, tokens, head_dim)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Float32 2**exponent, exact (the exponents used are those of normal numbers)."""
+    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
