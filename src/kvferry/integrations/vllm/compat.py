@@ -4,9 +4,11 @@ Importing this raises `UnsupportedVLLM` for a version that was not tried.
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from kvferry.integrations.vllm.hostpages import fault_in
 from kvferry.integrations.vllm.version import check_version
 
 check_version()
@@ -56,6 +58,22 @@ PLAIN_SPECS: tuple[type, ...] = (FullAttentionSpec, SlidingWindowSpec, ChunkedLo
 """Kinds of layers (exactly these, no subclass) that hold plain K and V, or MLA's latent."""
 
 
+class _Region(SharedOffloadRegion):
+    """vLLM's shared memory; its constructor asks for a worker's ranges to fault them in, from one thread. Here it gets
+    none but those that could not be faulted in from several. `num_workers`: processes that do so at the same time."""
+
+    def __init__(self, *, num_workers: int, **kwargs: Any) -> None:
+        self._num_workers, self._faulted_in = num_workers, False
+        super().__init__(**kwargs)
+
+    def iter_worker_slot_ranges(self) -> Iterator[tuple[int, int]]:
+        ranges = list(super().iter_worker_slot_ranges())
+        if not self._faulted_in:
+            self._faulted_in = True
+            ranges = fault_in(self._base.data_ptr(), ranges, self._num_workers)
+        return iter(ranges)
+
+
 def make_region(spec: Any, barrier: bool) -> Any:
     """The shared memory that a worker of `spec` keeps its slots in, as vLLM's own workers lay it out. `barrier`: wait
     for all workers, and unlink the file when they have mapped it (nobody else is to map it)."""
@@ -65,7 +83,8 @@ def make_region(spec: Any, barrier: bool) -> Any:
         kwargs = {"barrier": _all_workers_barrier, "num_segments": _REGION_SEGMENTS}
         if spec.replicated_layout:
             kwargs["populate_shard"] = (rank, world_size)
-    return SharedOffloadRegion(
+    return _Region(
+        num_workers=world_size,
         engine_id=spec.config.engine_id,
         num_chunks=spec.num_chunks,
         rank=0 if spec.replicated_layout else rank,
