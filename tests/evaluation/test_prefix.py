@@ -24,7 +24,7 @@ from kvferry.evaluation import (  # noqa: E402
     report,
     spread_windows,
 )
-from kvferry.evaluation.baselines import BaselineScheme, Int4PerTokenHead  # noqa: E402
+from kvferry.evaluation.baselines import IntPerTokenHead, baseline_scheme  # noqa: E402
 from kvferry.evaluation.prefix import largest_error, same_bits  # noqa: E402
 from kvferry.evaluation.schemes import SigmaBounded, range_scheme  # noqa: E402
 
@@ -143,7 +143,7 @@ def test_broken_promises_are_seen(model, windows):
 
 def test_the_callers_store_is_used_and_left_empty(model, windows):
     store = HostStore(1 << 20)
-    evaluate_prefix(model, windows, [BaselineScheme(Int4PerTokenHead())], PrefixProtocol(40, 12, repeats=3), store)
+    evaluate_prefix(model, windows, [baseline_scheme(IntPerTokenHead())], PrefixProtocol(40, 12, repeats=3), store)
     assert store.stats().stores == 6
     assert len(store) == 0
     store.check_integrity()

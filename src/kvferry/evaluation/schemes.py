@@ -131,7 +131,7 @@ def default_schemes(
     range_bounds: Sequence[float] = RANGE_BOUNDS, sigma_bounds: Sequence[float] = SIGMA_BOUNDS
 ) -> list[Scheme]:
     """Raw, lossless, bounded in its three modes and per sigma, and the baselines that every user already has."""
-    from kvferry.evaluation.baselines import BaselineScheme, Fp8Cast, Int4PerTokenHead
+    from kvferry.evaluation.baselines import Fp8Cast, IntPerTokenHead, baseline_scheme
 
     make: list[Callable[[float], Scheme]] = [
         lambda bound: range_scheme(bound, "fixed"),
@@ -142,5 +142,5 @@ def default_schemes(
     schemes = exact_schemes()
     schemes += [scheme(bound) for scheme in make for bound in range_bounds]
     schemes += [sigma_scheme(sigmas) for sigmas in sigma_bounds]
-    schemes += [BaselineScheme(Fp8Cast()), BaselineScheme(Int4PerTokenHead())]
+    schemes += [baseline_scheme(Fp8Cast()), baseline_scheme(IntPerTokenHead())]
     return schemes
