@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,10 @@ SIDES = ("k", "v")
 _VERSION = 1
 _LARGEST_ENTRY = (1 << BASIS_BITS) - 1
 _ORTHONORMAL_WITHIN = 1e-3
+SMALLEST_STEP, LARGEST_STEP = 2.0**-40, 2.0**100
+"""What float32 steps, their reciprocals and the products with both stay exact, or finite, for."""
+_LARGEST_MEAN = 2.0**100
+_NO_SAFETENSORS = "profiles are safetensors files: pip install 'kvferry[transformers]'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +37,9 @@ class SideProfile:
 
     `mean` float32 `[groups, n]`, `basis` int16 `[groups, n, n]` (column j is basis vector j times 2**15, rounded;
     vectors in order of falling variance), `step`: what one unit of a coefficient is worth, so that coding it with error
-    bound 0.5 is rounding to the step. `bound`: absolute error bound of the same layer and side for `kvferry.Bounded`,
-    0 where none was calibrated. All on the CPU. Raises `ValueError` for anything else.
+    bound 0.5 is rounding to the step (2**-40 to 2**100; means are at most 2**100 in magnitude). `bound`: absolute error
+    bound of the same layer and side for `kvferry.Bounded`, 0 where none was calibrated. All on the CPU. Raises
+    `ValueError` for anything else.
     """
 
     mean: Tensor
@@ -47,14 +53,19 @@ class SideProfile:
             raise ValueError(f"mean is {self.mean.dtype} {tuple(self.mean.shape)}: give float32 [groups, n]")
         if self.basis.dtype != torch.int16 or tuple(self.basis.shape) != (groups, n, n):
             raise ValueError(f"basis is {self.basis.dtype} {tuple(self.basis.shape)}: give int16 {(groups, n, n)}")
-        if not (math.isfinite(self.step) and self.step > 0):
-            raise ValueError(f"step={self.step} must be a finite number above 0")
-        if not (math.isfinite(self.bound) and self.bound >= 0):
-            raise ValueError(f"bound={self.bound} must be a finite number, 0 or more")
-        if not bool(self.mean.isfinite().all()):
-            raise ValueError("mean holds a value that is not finite")
+        if self.mean.device.type != "cpu" or self.basis.device.type != "cpu":
+            raise ValueError(f"mean is on {self.mean.device}, basis on {self.basis.device}: give both on the CPU")
+        self._check_scalars()
+        if not bool((self.mean.abs() <= _LARGEST_MEAN).all()):
+            raise ValueError("mean holds a value that is not finite, or beyond 2**100")
         if self.deviation > _ORTHONORMAL_WITHIN * math.sqrt(n / 16 + 1):
             raise ValueError(f"the basis is not orthonormal: it deviates by {self.deviation:.3g} from one that is")
+
+    def _check_scalars(self) -> None:
+        if not SMALLEST_STEP <= self.step <= LARGEST_STEP:
+            raise ValueError(f"step={self.step} must be at least {SMALLEST_STEP:.3g} and at most {LARGEST_STEP:.3g}")
+        if not (math.isfinite(self.bound) and self.bound >= 0):
+            raise ValueError(f"bound={self.bound} must be a finite number, 0 or more")
 
     @classmethod
     def of(cls, mean: Tensor, basis: Tensor, step: float, bound: float = 0.0) -> SideProfile:
@@ -73,10 +84,21 @@ class SideProfile:
 
     @cached_property
     def deviation(self) -> float:
-        """Largest `||B B^T - I||` (spectral norm) over the groups, in float64, of the basis as it is stored."""
-        basis = self.basis.double() / (1 << BASIS_BITS)
-        difference = basis @ basis.transpose(1, 2) - torch.eye(self.n, dtype=torch.float64)
-        return float(torch.linalg.matrix_norm(difference, 2).amax())
+        """Largest `||B B^T - I||` (spectral norm) over the groups, of the basis as it is stored; rounded up to 2**-20,
+        which takes away what eigenvalue solvers differ in. Frames hold what is made of it."""
+        basis = self.basis.double()
+        difference = basis @ basis.transpose(1, 2) / (1 << 2 * BASIS_BITS) - torch.eye(self.n, dtype=torch.float64)
+        norm = float(torch.linalg.eigvalsh(difference).abs().amax())
+        # Entries are multiples of 2**-30: simple norms are, too, and a third away from where rounding changes.
+        return math.ceil(norm * 2**20 + 1 / 3) * 2.0**-20
+
+    def with_scalars(self, *, step: float | None = None, bound: float | None = None) -> SideProfile:
+        """A copy with another step or bound; its basis is not checked again. Raises `ValueError` as the constructor."""
+        other = copy.copy(self)
+        object.__setattr__(other, "step", self.step if step is None else step)
+        object.__setattr__(other, "bound", self.bound if bound is None else bound)
+        other._check_scalars()
+        return other
 
 
 class Layer(NamedTuple):
@@ -177,7 +199,7 @@ class Profile:
     def with_steps(self, steps: Sequence[tuple[float, float]]) -> Profile:
         """A copy with other steps (K, V of each layer); it has no certificate."""
         layers = [
-            Layer(replace(layer.k, step=k), replace(layer.v, step=v))
+            Layer(layer.k.with_scalars(step=k), layer.v.with_scalars(step=v))
             for layer, (k, v) in zip(self.layers, steps, strict=True)
         ]
         return replace(self, layers=tuple(layers), certificate={})
@@ -185,7 +207,7 @@ class Profile:
     def with_bounds(self, bounds: Sequence[tuple[float, float]]) -> Profile:
         """A copy with other bounds for the plain `bounded` codec (K, V of each layer)."""
         layers = [
-            Layer(replace(layer.k, bound=k), replace(layer.v, bound=v))
+            Layer(layer.k.with_scalars(bound=k), layer.v.with_scalars(bound=v))
             for layer, (k, v) in zip(self.layers, bounds, strict=True)
         ]
         return replace(self, layers=tuple(layers))
@@ -208,13 +230,17 @@ class Profile:
         return cls(tuple(parts), heads, head_dim, 1, rope)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file. Needs safetensors (`pip install 'kvferry[transformers]'`)."""
-        from safetensors.torch import save_file
+        """Write a safetensors file. Raises `ImportError` without safetensors."""
+        try:
+            from safetensors.torch import save_file
+        except ImportError as error:
+            raise ImportError(f"{_NO_SAFETENSORS} ({error})") from error
 
         tensors, scalars = {}, []
         for number, (side, part) in self._sides():
-            tensors[f"layer{number}.{side}.mean"] = part.mean
-            tensors[f"layer{number}.{side}.basis"] = part.basis
+            # Copies: the format takes no tensors that share memory, as those of Hadamard profiles do.
+            tensors[f"layer{number}.{side}.mean"] = part.mean.clone(memory_format=torch.contiguous_format)
+            tensors[f"layer{number}.{side}.basis"] = part.basis.clone(memory_format=torch.contiguous_format)
             scalars.append((part.step, part.bound))
         described = {
             "version": _VERSION,
@@ -227,18 +253,28 @@ class Profile:
             "certificate": self.certificate,
             "digest": self.digest,
         }
-        save_file(tensors, str(path), metadata={"kvferry_profile": json.dumps(described)})
+        text = json.dumps(described)
+        metadata = {"kvferry_profile": text, "kvferry_checksum": xxhash.xxh3_128_hexdigest(text.encode())}
+        save_file(tensors, str(path), metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """Read what `save` wrote. Raises `CorruptProfile` for other files and damaged ones, `FileNotFoundError`."""
-        from safetensors import SafetensorError, safe_open
+        """Read what `save` wrote. Raises `CorruptProfile` for other files and damaged ones, `FileNotFoundError`,
+        `ImportError` without safetensors."""
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError as error:
+            raise ImportError(f"{_NO_SAFETENSORS} ({error})") from error
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no profile {str(path)!r}: make one with kvferry calibrate")
         try:
             with safe_open(str(path), framework="pt") as file:
-                described = json.loads((file.metadata() or {})["kvferry_profile"])
+                metadata = file.metadata() or {}
+                text = metadata["kvferry_profile"]
+                if xxhash.xxh3_128_hexdigest(text.encode()) != metadata["kvferry_checksum"]:
+                    raise CorruptProfile(f"{path} was altered: the checksum of its description does not match")
+                described = json.loads(text)
                 names = list(file.keys())
                 tensors = {name: file.get_tensor(name) for name in names}
             if described["version"] != _VERSION:
@@ -256,10 +292,10 @@ class Profile:
                 described["model"],
                 described["certificate"],
             )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise CorruptProfile(f"{path} is no profile, or a damaged one: {error!r}") from error
-        if profile.digest != described["digest"]:
-            raise CorruptProfile(f"{path} was altered: its digest is {profile.digest}, not {described['digest']}")
+        if profile.digest != described.get("digest"):
+            raise CorruptProfile(f"{path} was altered: its digest is {profile.digest}, not {described.get('digest')}")
         return profile
 
 
