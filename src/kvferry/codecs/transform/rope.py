@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_INTERLEAVED = {"cohere", "cohere2", "glm", "glm4", "gptj", "codegen"}
+_INTERLEAVED = {
+    "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium", "llama4_text",
+}  # fmt: skip
 """Model types whose pairs are neighbouring channels; all others pair channel i with i + rotary_dim/2."""
 _KINDS = ("default", "linear", "llama3", "yarn")
 
@@ -52,7 +54,8 @@ class Rope:
         Kinds: default; linear (position interpolation, S. Chen et al., arXiv:2306.15595, section 2.3); llama3 (Llama
         3.1's smoothing, A. Dubey et al., arXiv:2407.21783, section 3.4.2, as its configuration defines it); yarn (B.
         Peng et al., arXiv:2309.00071, sections 3.2 and 3.3; its scaling of attention changes no angle). Models without
-        RoPE give `none`. Raises `ValueError` for other kinds, whose angles depend on a request's length.
+        RoPE, or whose configuration has no base for it, give `none`. Raises `ValueError` for other kinds, whose angles
+        depend on a request's length, and for parameters that are missing.
         """
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -67,12 +70,18 @@ class Rope:
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in _KINDS:
             raise ValueError(f"rope_type {kind!r} is not one of {', '.join(_KINDS)}: calibrate with Rope.none")
-        share = given.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
-        rotary_dim = int(head_dim * share)
-        inv_freq = [theta ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)]
+        share = given.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+        rotary_dim = int(head_dim * (1.0 if share is None else share))
         scaled = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}[kind]
         interleaved = getattr(config, "model_type", "") in _INTERLEAVED
-        return cls(head_dim, rotary_dim, tuple(scaled(inv_freq, given, theta, rotary_dim, config)), interleaved)
+        try:
+            inv_freq = [theta ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)]
+            frequencies = tuple(scaled(inv_freq, given, theta, rotary_dim, config))
+        except (KeyError, TypeError, ArithmeticError) as error:
+            raise ValueError(
+                f"{kind!r} cannot be had from rope_parameters {given} ({error!r}): calibrate with Rope.none"
+            ) from error
+        return cls(head_dim, rotary_dim, frequencies, interleaved)
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 `[T, rotary_dim/2]` on the CPU, of integer `positions` `[T]`: the float64
@@ -135,8 +144,9 @@ def _yarn(inv_freq: list[float], given: dict[str, Any], theta: float, dim: int, 
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = max(high - low, 0.001)
+    factor = given.get("factor") or config.max_position_embeddings / context
     scaled = []
     for i, f in enumerate(inv_freq):
         interpolated = min(max((i - low) / width, 0.0), 1.0)
-        scaled.append(f * (1 - interpolated) + f / given["factor"] * interpolated)
+        scaled.append(f * (1 - interpolated) + f / factor * interpolated)
     return scaled
