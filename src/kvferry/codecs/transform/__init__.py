@@ -9,7 +9,6 @@ Keys are turned back by RoPE first. What is coded are float16 coefficients, by t
 import math
 import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -36,6 +35,10 @@ _NO_VALUES = np.zeros(0, dtype=np.int64)
 SCALES = tuple(2.0 ** (i / 8) for i in range(-48, 65))
 """What `ratio` chooses from, in units of the profile's steps."""
 COEFFICIENTS = torch.float16
+MOST_POSITIONS = 1 << 48
+"""Positions are below: float64 holds them, and a frame's header says so of sizes."""
+ROUNDING = 2.0**-21
+"""Largest Euclidean error that float32 sums make (RoPE off and on, the mean off and on), over a vector's length."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,19 @@ class Transform(Codec):
 
     The guarantee is on vectors: the values of a group of heads at a token (`profile.n` of them: one head's, or those
     of all heads of a layer) come back within `l2_bound` in Euclidean distance, so no single value is further off
-    either. To that add, in relation to a vector's distance from the mean, `relative_error` (the arithmetic), and of
-    each value half a unit in the last place for rounding to the dtype. Blocks of 64 tokens with a value that is not
-    finite come back bit for bit.
+    either. To that add, in relation to a vector's distance from the mean, `relative_error` (the arithmetic), in
+    relation to its length 2**-21 (float32), and of each value half a unit in the last place for rounding to the dtype.
+    Blocks of 64 tokens of a group with a value that is not finite, or too far from the mean for a float16 coefficient,
+    come back bit for bit. Signed zeros and denormals do not.
 
     `ratio`: instead of the error bound, the smallest that makes a frame (or a chunk fit its slot) `ratio` times
-    smaller than the raw values. `layer` (its index) and `side` ("k" or "v") say what is encoded; without them, this is
-    a choice: called with `(layer, side, tensor)` it returns the codec for them, as `HostStore.put_cache` asks.
-    `first_position`: of the first token. `packing`: "ans" or "bitpack". Decoding needs the same profile: one that a
-    `Transform` was made of in this process, or `register`.
+    smaller than the raw values (a tensor without values has no ratio); the frame says which. `layer` (its index) and
+    `side` ("k" or "v") say what is encoded; without them, this is a choice: called with `(layer, side, tensor)` it
+    returns the codec for them, as `HostStore.put_cache` asks. `first_position`: of the first token, in every sequence
+    of a batch. `packing`: "ans" or "bitpack". Decoding needs the same profile: one that a `Transform` was made of in
+    this process, or `register`.
 
-    Raises `ValueError` for parameters that are none of this.
+    Raises `ValueError` for parameters that are none of this, `ProfileMismatch` for a layer that the profile lacks.
     """
 
     profile: Profile
@@ -73,12 +78,12 @@ class Transform(Codec):
     def __post_init__(self) -> None:
         if not isinstance(self.profile, Profile):
             raise TypeError(f"profile is a {type(self.profile).__name__}; load one with kvferry.Profile.load(path)")
-        if not 0 < self.error_bound <= sys.float_info.max:
-            raise ValueError(f"error_bound={self.error_bound!r} must be a finite number above 0")
+        if not 0 < 0.5 * self.error_bound <= 0.5 * sys.float_info.max:
+            raise ValueError(f"error_bound={self.error_bound!r} must be a finite number above 0, such as 1.0")
         if self.ratio is not None and not 1 <= self.ratio < math.inf:
             raise ValueError(f"ratio={self.ratio!r} must be at least 1, such as 6.0")
-        if self.first_position < 0:
-            raise ValueError(f"first_position={self.first_position} must be 0 or more")
+        if not isinstance(self.first_position, int) or not 0 <= self.first_position < MOST_POSITIONS:
+            raise ValueError(f"first_position={self.first_position!r} must be a whole number from 0 to 2**48 - 1")
         if (self.layer is None) != (self.side is None):
             raise ValueError(f"layer={self.layer} and side={self.side!r}: give both, or neither for a choice")
         if self.side is not None and self.layer is not None:
@@ -100,8 +105,8 @@ class Transform(Codec):
 
     @property
     def l2_bound(self) -> float:
-        """Largest Euclidean error of a group's vector before rounding to the dtype, `relative_error` apart (with
-        `ratio`: at the profile's own steps)."""
+        """Largest Euclidean error of a group's vector before rounding to the dtype, `relative_error` and `ROUNDING`
+        apart (with `ratio`: at the profile's own steps; times the `error_bound` that a frame states)."""
         return l2_bound(self.part, 1.0 if self.ratio is not None else self.error_bound)
 
     @property
@@ -111,7 +116,8 @@ class Transform(Codec):
         return relative_error(self.part)
 
     def num_tiles(self, spec: BlockSpec) -> int:
-        return self._coder(1.0).num_tiles(spec)
+        """0: the tiles are in the coefficients' own frame."""
+        return 0
 
     def max_payload_bytes(self, spec: BlockSpec) -> int:
         # Every block could be stored as it is, beside coefficients that are zero but not known to be.
@@ -127,11 +133,12 @@ class Transform(Codec):
         where no step gives the `ratio`."""
         part = self.part
         rows = self._layers(tensor)
-        matrices, angles = self._at(tensor, part)
         coefficients = torch.empty(rows.shape, dtype=COEFFICIENTS, device=tensor.device)
         bad = torch.zeros(len(rows), part.groups, rows.shape[2], dtype=torch.bool, device=tensor.device)
-        for number, row in enumerate(rows):
-            coefficients[number], bad[number] = reference.forward(row, matrices, angles)
+        if tensor.numel():
+            matrices, angles = self._at(tensor, part)
+            for number, row in enumerate(rows):
+                coefficients[number], bad[number] = reference.forward(row, matrices, angles)
         blocks = _special_blocks(bad)
         kept = _pack_special(rows, blocks, part.groups)
         if blocks:
@@ -139,14 +146,15 @@ class Transform(Codec):
         coefficients = coefficients.reshape(tensor.shape)
         scale, inner = self._code(coefficients, len(kept), BlockSpec.of(tensor))
         payload = kept + inner
+        bound_used = _pointwise_bound(rows, bad, matrices, angles, part, scale) if tensor.numel() else 0.0
         assert self.layer is not None and self.side is not None
         header = FrameHeader(
             codec=self.name,
             dtype=tensor.dtype,
             shape=tuple(tensor.shape),
             packing=self.packing,
-            bound_asked=float(self.error_bound),
-            bound_used=_pointwise_bound(rows, bad, matrices, angles, part, scale),
+            bound_asked=float(scale),
+            bound_used=bound_used,
             params=_PARAMS.pack(
                 _PARAMS_VERSION,
                 SIDES.index(self.side),
@@ -160,7 +168,7 @@ class Transform(Codec):
 
     def _code(self, coefficients: Tensor, kept: int, spec: BlockSpec) -> tuple[float, bytes]:
         """(error bound, inner frame) of the coefficients, at the asked bound or to the asked ratio."""
-        if self.ratio is None:
+        if self.ratio is None or not spec.num_values:
             return self.error_bound, _frame(coefficients, self._coder(self.error_bound))
         room = spec.raw_bytes / self.ratio - frame_overhead(len(spec.shape), 0, _PARAMS.size) - kept
         low, high = 0, len(SCALES) - 1
@@ -196,15 +204,17 @@ class Transform(Codec):
 
     @classmethod
     def check_size(cls, frame: Frame) -> None:
-        _, inner = _split(frame)
-        header = read_frame(inner).header
-        if header.shape != frame.header.shape or header.codec != Bounded.name or header.dtype != COEFFICIENTS:
-            raise CorruptFrame(
-                f"the coefficients are {header.codec} {header.shape} {header.dtype}, not what was framed"
-            )
-        Bounded.check_size(read_frame(inner))
         if frame.header.dtype not in cls.dtypes or len(frame.header.shape) < 3:
             raise CorruptFrame(f"a transform frame of {frame.header.dtype} {frame.header.shape}")
+        if len(frame.sizes):
+            raise CorruptFrame(f"a directory of {len(frame.sizes)} tiles, where a transform frame has none")
+        _, inner = _split(frame)
+        coefficients = read_frame(inner)
+        header = coefficients.header
+        stated = header.codec, header.dtype, header.shape, header.packing
+        if stated != (Bounded.name, COEFFICIENTS, frame.header.shape, frame.header.packing):
+            raise CorruptFrame(f"the coefficients' frame is of {stated}, which is not what is around it")
+        Bounded.check_size(coefficients)
 
     @classmethod
     def decode(cls, frame: Frame, out: Tensor) -> None:
@@ -218,6 +228,8 @@ class Transform(Codec):
                 f"the frame needs the profile {digest.hex()}: load it with kvferry.Profile.load(path) and "
                 "kvferry.register_profile(profile)"
             )
+        if layer >= len(profile.layers) or first_position >= MOST_POSITIONS:
+            raise CorruptFrame(f"layer {layer} of {len(profile.layers)}, first position {first_position}")
         codec = cls(profile, layer, SIDES[side], first_position=first_position)
         shape = frame.header.shape
         if (shape[-3], shape[-1]) != (profile.heads, profile.head_dim):
@@ -226,11 +238,14 @@ class Transform(Codec):
         coefficients = torch.empty(shape, dtype=COEFFICIENTS, device=out.device)
         Bounded.decode(read_frame(inner), coefficients)
         coefficients = torch.where(coefficients.isfinite(), coefficients, 0.0)
-        matrices, angles = codec._at(out, codec.part)
         rows, targets = codec._layers(coefficients), codec._layers(out)
-        for row, target in zip(rows, targets, strict=True):
-            target.copy_(reference.inverse(row, matrices, angles, out.dtype))
-        _unpack_special(kept, targets, codec.part.groups)
+        special = _kept_blocks(kept, targets, codec.part.groups)
+        if out.numel():
+            matrices, angles = codec._at(out, codec.part)
+            for row, target in zip(rows, targets, strict=True):
+                target.copy_(reference.inverse(row, matrices, angles, out.dtype))
+        for block, data in special:
+            block.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(out.dtype).reshape(block.shape))
 
 
 _PROFILES: dict[str, Profile] = {}
@@ -261,18 +276,27 @@ def _pointwise_bound(
     rows: Tensor, bad: Tensor, matrices: Matrices, angles: Angles | None, part: SideProfile, scale: float
 ) -> float:
     """What no delivered value is further off than: of the longest vector, all that the guarantee adds up."""
-    longest, largest = 0.0, 0.0
+    distance, length, largest = 0.0, 0.0, 0.0  # from the mean; from zero; of a single value
     for row, special in zip(rows, bad, strict=True):
         x = torch.where(row.isfinite(), row, 0.0).float()
         turned = x if angles is None else angles.rope.unrotate(x, angles.cos, angles.sin)
-        distance = (reference.group_rows(turned, matrices) - matrices.mean[:, None]).double().norm(dim=-1)
-        distance = torch.where(special, 0.0, distance)
-        whole = torch.where(special, 0.0, reference.group_rows(x, matrices).abs().amax(-1))
-        if distance.numel():
-            longest, largest = max(longest, float(distance.max())), max(largest, float(whole.max()))
-    error = l2_bound(part, scale) + relative_error(part) * longest
-    half_unit = (largest + error) * 2.0 ** -(MANTISSA_BITS[rows.dtype] + 1)
-    return error + half_unit
+        from_mean = reference.group_rows(turned, matrices) - matrices.mean[:, None]
+        distance = max(distance, _length(torch.where(special[..., None], 0.0, from_mean)))
+        whole = torch.where(special[..., None], 0.0, reference.group_rows(x, matrices))
+        length, largest = max(length, _length(whole)), max(largest, float(whole.abs().max()))
+    error = l2_bound(part, scale) + relative_error(part) * distance + ROUNDING * length
+    unit = max(largest + error, torch.finfo(rows.dtype).smallest_normal) * 2.0 ** -MANTISSA_BITS[rows.dtype]
+    return error + 0.5 * unit
+
+
+def _length(rows: Tensor) -> float:
+    """At least the largest Euclidean length of finite vectors float32 `[..., n]`, by 2**-20 of each value's share; the
+    same on every machine: of whole numbers a sum is exact in any order."""
+    bits = 20
+    exponent = reference.row_exponent(rows)
+    whole = (rows.abs().double() * reference.power_of_two(bits - exponent).double()).ceil()
+    unit = reference.power_of_two(exponent - bits).double()
+    return math.sqrt(float(((whole * whole).sum(-1, keepdim=True) * unit * unit).max()))
 
 
 def _frame(coefficients: Tensor, codec: Bounded) -> bytes:
@@ -331,19 +355,15 @@ def _split(frame: Frame) -> tuple[memoryview, memoryview]:
     return frame.payload[:whole], frame.payload[whole:]
 
 
-def _unpack_special(kept: memoryview, rows: Tensor, groups: int) -> None:
-    for block, data in _kept_blocks(kept, rows, groups):
-        block.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows.dtype).reshape(block.shape))
-
-
-def _kept_blocks(kept: memoryview, rows: Tensor, groups: int) -> Iterator[tuple[Tensor, memoryview]]:
-    """Each block's place in `rows` and its bytes. Raises `CorruptFrame` before any is written where they contradict
-    the shape."""
+def _kept_blocks(kept: memoryview, rows: Tensor, groups: int) -> list[tuple[Tensor, memoryview]]:
+    """Each block's place in `rows` and its bytes. Raises `CorruptFrame` where they contradict the shape."""
     count, num_bytes, _ = _special_bytes(kept)
     per_row = -(-rows.shape[2] // TILE_TOKENS)
     numbers = np.frombuffer(kept, dtype="<u4", count=count, offset=_COUNT.size).astype(np.int64)
     if count and int(numbers.max()) >= len(rows) * groups * per_row:
         raise CorruptFrame(f"block {int(numbers.max())} is not in a tensor of {len(rows) * groups * per_row}")
+    if np.any(np.diff(numbers) <= 0):
+        raise CorruptFrame("blocks that are stored as they are must be in order, and each once")
     places = [(int(n) // per_row // groups, int(n) // per_row % groups, int(n) % per_row) for n in numbers]
     blocks = [_block(rows, groups, place) for place in places]
     if sum(block.numel() for block in blocks) * rows.element_size() != num_bytes:
@@ -354,7 +374,9 @@ def _kept_blocks(kept: memoryview, rows: Tensor, groups: int) -> Iterator[tuple[
         size = block.numel() * rows.element_size()
         parts.append((block, kept[at : at + size]))
         at += size
-    return iter(parts)
+    if any(kept[at:]):
+        raise CorruptFrame("the padding behind the blocks that are stored as they are is not zero")
+    return parts
 
 
 def _unpack_params(params: bytes) -> tuple[int, int, int, int, int, bytes]:

@@ -52,16 +52,21 @@ class Angles:
         return cls(profile.rope, cos.to(positions.device), sin.to(positions.device))
 
 
+def row_exponent(rows: Tensor) -> Tensor:
+    """int32 `[..., 1]`: the smallest power of two above all values of a row, at least -60."""
+    exponent = torch.frexp(rows.abs().amax(-1, keepdim=True)).exponent
+    return exponent.clamp(_SMALLEST_EXPONENT, _LARGEST_EXPONENT)
+
+
 def scaled_product(rows: Tensor, matrix: Tensor) -> Tensor:
     """`rows @ matrix / 2**15`, float32 `[G, R, n]`, of float32 `rows` `[G, R, n]` (finite) and integers `matrix`
     float64 `[G, n, n]`: each row is rounded to 16-bit integers under a power of two of its own, multiplied exactly
     (sums stay below 2**53), and rounded once to float32."""
-    exponent = torch.frexp(rows.abs().amax(-1, keepdim=True)).exponent
-    exponent = exponent.clamp(_SMALLEST_EXPONENT, _LARGEST_EXPONENT)
+    exponent = row_exponent(rows)
     most = (1 << ROW_BITS) - 1
-    whole = (rows * _power_of_two(ROW_BITS - exponent)).round().clamp(-most, most)
+    whole = (rows * power_of_two(ROW_BITS - exponent)).round().clamp(-most, most)
     product = (whole.double() @ matrix).float()
-    return product * _power_of_two(exponent - ROW_BITS - BASIS_BITS)
+    return product * power_of_two(exponent - ROW_BITS - BASIS_BITS)
 
 
 def forward(values: Tensor, matrices: Matrices, angles: Angles | None) -> tuple[Tensor, Tensor]:
@@ -102,9 +107,10 @@ def group_rows(x: Tensor, matrices: Matrices) -> Tensor:
 def ungroup_rows(rows: Tensor, head_dim: int) -> Tensor:
     """Undo `group_rows`: coefficient j of a group lies in its head `j // head_dim`, channel `j % head_dim`."""
     groups, tokens, n = rows.shape
-    return rows.reshape(groups, tokens, n // head_dim, head_dim).transpose(1, 2).reshape(-1, tokens, head_dim)
+    heads = n // head_dim
+    return rows.reshape(groups, tokens, heads, head_dim).transpose(1, 2).reshape(groups * heads, tokens, head_dim)
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """Float32 2**exponent, exact (the exponents used are those of normal numbers)."""
     return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
