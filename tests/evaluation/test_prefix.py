@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,8 +26,8 @@ from kvferry.evaluation import (  # noqa: E402
     spread_windows,
 )
 from kvferry.evaluation.baselines import IntPerTokenHead, baseline_scheme  # noqa: E402
-from kvferry.evaluation.prefix import largest_error, same_bits  # noqa: E402
 from kvferry.evaluation.schemes import SigmaBounded, range_scheme  # noqa: E402
+from kvferry.evaluation.tally import largest_error, same_bits  # noqa: E402
 
 PROTOCOL = PrefixProtocol(prefix=40, score=12)
 
@@ -83,12 +84,14 @@ def test_all_default_schemes_keep_their_guarantees(model, windows):
 def test_figures_are_those_of_the_plain_formulas(model, windows):
     scheme = range_scheme(0.05)
     (result,) = evaluate_prefix(model, windows, [scheme], PROTOCOL)
-    kl, nll, nll_restored, agree, encoded, worst = [], [], [], [], 0, 0.0
+    kl, nll, nll_restored, agree, top5, worst = [], [], [], [], [], 0.0
+    encoded = {"k": 0, "v": 0}
     for window in windows:
         cache = prefill(model, window[None, :40])
         store = HostStore(1 << 20)
         entry = store.put_cache("a", cache, kvferry.Bounded(error_bound=0.05))
-        encoded += sum(map(len, entry.frames))
+        encoded["k"] += sum(map(len, entry.frames[0::2]))
+        encoded["v"] += sum(map(len, entry.frames[1::2]))
         restored = store.restore_cache("a")
         for a, b in zip(cache.layers, restored.layers, strict=True):
             worst = max(worst, float((a.keys.double() - b.keys.double()).abs().max()))
@@ -101,12 +104,19 @@ def test_figures_are_those_of_the_plain_formulas(model, windows):
         nll.append(-p.gather(1, target))
         nll_restored.append(-q.gather(1, target))
         agree.append((p.argmax(-1) == q.argmax(-1)).double())
+        for left, right in zip(p.topk(5).indices.tolist(), q.topk(5).indices.tolist(), strict=True):
+            top5.append(len({*left} & {*right}) / 5)
     assert result.kl_nats == pytest.approx(float(torch.cat(kl).mean()))
     assert result.nll_untouched == pytest.approx(float(torch.cat(nll).mean()))
     assert result.nll_restored == pytest.approx(float(torch.cat(nll_restored).mean()))
     assert result.perplexity_change == pytest.approx(math.exp(result.nll_restored - result.nll_untouched) - 1)
     assert result.top1_agreement == pytest.approx(float(torch.cat(agree).mean()))
-    assert result.encoded_bytes == encoded
+    assert result.kl_p99 == pytest.approx(float(np.quantile(torch.cat(kl).numpy(), 0.99)))
+    assert result.top5_agreement == pytest.approx(sum(top5) / len(top5))
+    assert 0 < result.top5_agreement < 1
+    assert result.encoded_bytes == sum(encoded.values())
+    assert result.bits_k == pytest.approx(16 * encoded["k"] / result.num_values)
+    assert result.bits_v == pytest.approx(16 * encoded["v"] / result.num_values)
     assert result.max_abs_error == worst
 
 
@@ -158,6 +168,29 @@ def test_greedy_continuation_is_that_of_generate(model, windows):
         ids, past_key_values=cache, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert tokens.tolist() == expected[0, 41:].tolist()
+
+
+def test_drift_is_where_greedy_texts_part(model, windows):
+    protocol = PrefixProtocol(40, 12, generate=10)
+    schemes = [baseline_scheme(IntPerTokenHead(2)), CodecScheme("raw", "", kvferry.Raw(), Guarantee.EXACT)]
+    coarse, raw = evaluate_prefix(model, windows, schemes, protocol)
+    assert raw.drift_tokens == (10, 10)
+    assert raw.drift_mean == 10
+    expected = []
+    for window in windows:
+        cache, store = prefill(model, window[None, :40]), HostStore(1 << 20)
+        schemes[0].store(store, "a", cache)
+        first = window[None, 40:41]
+        other = continue_greedily(model, schemes[0].restore(store, "a", None), first, 10)[0].tolist()
+        own = continue_greedily(model, cache, first, 10)[0].tolist()
+        expected.append(next((i for i in range(10) if own[i] != other[i]), 10))
+    assert coarse.drift_tokens == tuple(expected)
+    assert min(expected) < 10
+    (without,) = evaluate_prefix(model, windows, schemes[1:], PROTOCOL)
+    assert without.drift_tokens == ()
+    assert without.drift_mean is None
+    with pytest.raises(ValueError, match="generate is -1"):
+        PrefixProtocol(generate=-1)
 
 
 def test_windows_are_taken_from_documents_in_turn():
@@ -215,7 +248,7 @@ def test_report_writes_table_numbers_and_plot(model, windows, tmp_path):
     report.plot(tmp_path / "exact.png", results[:1], "only exact schemes")
     report.write_json(tmp_path / "n.json", results, PROTOCOL, 2, {"name": "tiny"}, torch.device("cpu"))
     content = json.loads((tmp_path / "n.json").read_text())
-    assert content["protocol"] == {"prefix": 40, "score": 12, "repeats": 1, "sequences": 2}
+    assert content["protocol"] == {"prefix": 40, "score": 12, "repeats": 1, "generate": 0, "sequences": 2}
     assert content["machine"]["cpu"]
     assert content["versions"]["torch"] == torch.__version__
     assert [row["name"] for row in content["results"]] == [result.name for result in results]

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvferry.evaluation import PrefixProtocol, Scheme, SchemeResult
+    from kvferry.evaluation.source import ModelSource
 
 CONTINUE_TOKENS = 48
 PLAIN_WIDTH = 110  # of the output where it is no terminal
@@ -92,78 +93,14 @@ class _Options:
     out: Path
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The model, its tokenizer and the documents' tokens, int64 `[tokens]` each."""
-
-    name: str
-    device: torch.device
-    model: Any
-    tokenizer: Any
-    documents: list[torch.Tensor]
-
-    def describe(self) -> dict[str, Any]:
-        """The model's shape, as it goes into the JSON."""
-        config = self.model.config.get_text_config()
-        heads = config.num_attention_heads
-        return {
-            "name": self.name,
-            "architecture": type(self.model).__name__,
-            "parameters": self.model.num_parameters(),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "layers": config.num_hidden_layers,
-            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        }
-
-
-def _load(options: _Options) -> _Source:
-    """Raises `ValueError` or `FileNotFoundError` for whatever is not there or does not belong together."""
-    import numpy as np
-    import torch
-
-    from kvferry import data
-    from kvferry.integrations.transformers.models import encode_text, load_causal_lm, load_tokenizer
-
-    if options.text and options.tokens:
-        raise ValueError("--text and --tokens exclude each other: give one")
-    device = _device(options.device)
-    folder = options.model or data.demo_model_dir()
-    model = load_causal_lm(folder, device, None if options.dtype is DTypeName.AUTO else getattr(torch, options.dtype))
-    tokenizer = load_tokenizer(folder)
-    if options.tokens:
-        # One stream: its documents may be shorter than a window.
-        documents = [torch.from_numpy(np.fromfile(options.tokens, dtype="<u2").astype(np.int64))]
-    else:
-        path = options.text
-        texts = data.split_documents(path.read_text(encoding="utf-8")) if path else data.demo_documents()
-        documents = [encode_text(tokenizer, text) for text in texts]
-    vocabulary = model.config.get_text_config().vocab_size
-    if any(len(document) and int(document.max()) >= vocabulary for document in documents):
-        raise ValueError(f"the tokens are not this model's: it has {vocabulary}, the text has larger ids")
-    return _Source(options.model.resolve().name if options.model else "built-in", device, model, tokenizer, documents)
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: give cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported: give cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available: use --device cpu")
-    return device
-
-
 def _run(options: _Options) -> bool:
     """The whole demo. Returns whether every guarantee was kept."""
+    import torch
     from rich.console import Console
 
     from kvferry.evaluation import PrefixProtocol, default_schemes, one_cpu_thread
     from kvferry.evaluation.schemes import RANGE_BOUNDS
+    from kvferry.evaluation.source import load_source
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -175,13 +112,14 @@ def _run(options: _Options) -> bool:
     # The built-in model is too small to gain from a second thread, and loses much where the cores are shared.
     with nullcontext() if options.model else one_cpu_thread():
         with console.status("loading the model"):
-            source = _load(options)
+            dtype = None if options.dtype is DTypeName.AUTO else getattr(torch, options.dtype)
+            source = load_source(options.model, options.device, dtype, options.text, options.tokens)
         return _tell_and_measure(console, source, options, chosen, schemes, protocol)
 
 
 def _tell_and_measure(
     console: Console,
-    source: _Source,
+    source: ModelSource,
     options: _Options,
     chosen: kvferry.Bounded | kvferry.Lossless | kvferry.Raw,
     schemes: list[Scheme],
@@ -192,7 +130,7 @@ def _tell_and_measure(
     from kvferry.evaluation import report, spread_windows
 
     about = source.describe()
-    _check_context(source.model.config, protocol)
+    source.check_context(protocol)
     windows = spread_windows(source.documents, protocol.window, options.sequences)
     options.out.mkdir(parents=True, exist_ok=True)
     console.print(
@@ -221,18 +159,9 @@ def _chosen_codec(name: CodecName, error_bound: float) -> kvferry.Bounded | kvfe
     return kvferry.Bounded(error_bound=error_bound)
 
 
-def _check_context(config: Any, protocol: PrefixProtocol) -> None:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context and protocol.prefix + protocol.score > context:
-        raise ValueError(
-            f"prefix {protocol.prefix} and score {protocol.score} exceed the model's context of {context} tokens: "
-            "give smaller --prefix or --score"
-        )
-
-
 def _tell_story(
     console: Console,
-    source: _Source,
+    source: ModelSource,
     window: torch.Tensor,
     prefix: int,
     chosen: kvferry.Bounded | kvferry.Lossless | kvferry.Raw,
@@ -289,7 +218,7 @@ def _tell_story(
 
 
 def _measure(
-    console: Console, source: _Source, windows: torch.Tensor, schemes: list[Scheme], protocol: PrefixProtocol
+    console: Console, source: ModelSource, windows: torch.Tensor, schemes: list[Scheme], protocol: PrefixProtocol
 ) -> list[SchemeResult]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

@@ -1,8 +1,8 @@
 """What a codec does to a model: restore a prefix from its encoded KV cache, score the tokens after it, compare."""
 
+from kvferry.evaluation.drift import continue_greedily
 from kvferry.evaluation.prefix import (
     PrefixProtocol,
-    continue_greedily,
     evaluate_prefix,
     one_cpu_thread,
     prefill,

@@ -11,16 +11,18 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kvferry.blocks import as_bits
+from kvferry.evaluation.drift import continue_greedily, tokens_until_difference
 from kvferry.evaluation.results import SchemeResult
 from kvferry.evaluation.schemes import Scheme
+from kvferry.evaluation.tally import SCORE_ROWS as SCORE_ROWS
+from kvferry.evaluation.tally import CacheTally
 from kvferry.store import HostStore
 
 if TYPE_CHECKING:
@@ -28,18 +30,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SCORE_ROWS = 128  # tokens whose log-probabilities over the vocabulary are in float64 at once
-
 
 @dataclass(frozen=True)
 class PrefixProtocol:
-    """Tokens to restore, tokens to score after them, and how often to time each store and restore."""
+    """Tokens to restore, tokens to score after them, how often to time each store and restore, and how many tokens to
+    generate greedily to see where texts part (0: none).
+
+    Raises `ValueError` for a negative `generate`, and for the others below 1.
+    """
 
     prefix: int = 1536
     score: int = 512
     repeats: int = 1
+    generate: int = 0
 
     def __post_init__(self) -> None:
+        if self.generate < 0:
+            raise ValueError(f"generate is {self.generate}: give 0 or more")
         for name in ("prefix", "score", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
@@ -48,26 +55,6 @@ class PrefixProtocol:
     def window(self) -> int:
         """Tokens one sequence needs: each scored token predicts the next."""
         return self.prefix + self.score + 1
-
-
-@dataclass
-class _Tally:
-    """Sums over sequences for one scheme."""
-
-    raw_bytes: int = 0
-    encoded_bytes: int = 0
-    num_values: int = 0
-    max_abs_error: float = 0.0
-    error_over_bound: float | None = None
-    kv_identical: bool = True
-    logits_identical: bool = True
-    kl: float = 0.0
-    nll_untouched: float = 0.0
-    nll_restored: float = 0.0
-    agreed: int = 0
-    scored: int = 0
-    encode_gbps: list[float] = field(default_factory=list)
-    decode_gbps: list[float] = field(default_factory=list)
 
 
 def spread_windows(documents: Sequence[Tensor], length: int, count: int) -> Tensor:
@@ -96,22 +83,6 @@ def prefill(model: Any, tokens: Tensor) -> DynamicCache:
     return cache
 
 
-@torch.inference_mode()
-def continue_greedily(model: Any, cache: DynamicCache, first: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Feed token `first` `[1, 1]` and then the most likely ones; the cache grows.
-
-    Returns the tokens int64 `[steps]` and the logits they were picked from `[steps, vocabulary]`.
-    """
-    tokens, logits = [], []
-    token = first
-    for _ in range(steps):
-        row = model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1]
-        token = row.argmax().reshape(1, 1)
-        tokens.append(token[0, 0])
-        logits.append(row)
-    return torch.stack(tokens), torch.stack(logits)
-
-
 def evaluate_prefix(
     model: Any,
     windows: Tensor,
@@ -128,20 +99,37 @@ def evaluate_prefix(
     if windows.dim() != 2 or windows.shape[1] != protocol.window:
         raise ValueError(f"windows are {tuple(windows.shape)}: give [sequences, {protocol.window}] tokens")
     device = next(model.parameters()).device
-    tallies = [_Tally() for _ in schemes]
+    tallies = [CacheTally() for _ in schemes]
     for sequence, window in enumerate(windows.to(device)):
         cache = prefill(model, window[None, : protocol.prefix])
-        if store is None:
-            store = HostStore(max(4 * sum(t.numel() * t.element_size() for t in cache_tensors(cache)), 1 << 20))
+        store = roomy_store(cache) if store is None else store
         scored, targets = window[None, protocol.prefix : -1], window[protocol.prefix + 1 :]
-        untouched = _score(model, copy.deepcopy(cache), scored)
+        first = scored[:, :1]
+        untouched = score(model, copy.deepcopy(cache), scored)
+        generated = continue_greedily(model, copy.deepcopy(cache), first, protocol.generate)[0]
         if sequence == 0:
             _warm_up(schemes, cache, device)
         for scheme, tally in zip(schemes, tallies, strict=True):
             on_step(sequence, scheme)
             restored = _store_and_restore(scheme, store, cache, device, protocol.repeats, tally)
-            _compare_logits(untouched, _score(model, restored, scored), targets, tally)
+            if protocol.generate:
+                tally.drift.append(tokens_until_difference(model, copy.deepcopy(restored), first, generated))
+            tally.logits.add(untouched, score(model, restored, scored), targets)
     return [_result(scheme, tally) for scheme, tally in zip(schemes, tallies, strict=True)]
+
+
+def restore_through(scheme: Scheme, store: HostStore, cache: DynamicCache, device: torch.device) -> DynamicCache:
+    """What comes back of `cache` from `store`, which is left as it was."""
+    with one_cpu_thread():
+        scheme.store(store, "prefix", cache)
+        restored = scheme.restore(store, "prefix", device)
+    store.delete("prefix")
+    return restored
+
+
+def roomy_store(cache: DynamicCache) -> HostStore:
+    """A store of a few times the size of `cache`: no scheme makes it larger than that."""
+    return HostStore(max(4 * sum(t.numel() * t.element_size() for t in cache_tensors(cache)), 1 << 20))
 
 
 @contextmanager
@@ -165,24 +153,8 @@ def cache_tensors(cache: DynamicCache) -> list[Tensor]:
     return [tensor for layer in layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 
 
-def largest_error(original: Tensor, restored: Tensor) -> float:
-    """Largest |restored - original| in float64 over the finite originals; inf if anything else changed a bit."""
-    finite = torch.isfinite(original)
-    if not same_bits(original[~finite], restored[~finite]):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    error = (restored[finite].double() - original[finite].double()).abs()
-    return float(error.nan_to_num(nan=float("inf")).max())
-
-
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype agree bit for bit (NaN equals NaN, 0 differs from -0)."""
-    return torch.equal(as_bits(left.contiguous()), as_bits(right.contiguous()))
-
-
 @torch.inference_mode()
-def _score(model: Any, cache: DynamicCache, tokens: Tensor) -> Tensor:
+def score(model: Any, cache: DynamicCache, tokens: Tensor) -> Tensor:
     """Logits `[tokens, vocabulary]` of `tokens` `[1, tokens]` after `cache`, which grows."""
     logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[0]
     return logits
@@ -204,7 +176,7 @@ def _warm_up(schemes: Sequence[Scheme], cache: DynamicCache, device: torch.devic
 
 
 def _store_and_restore(
-    scheme: Scheme, store: HostStore, cache: DynamicCache, device: torch.device, repeats: int, tally: _Tally
+    scheme: Scheme, store: HostStore, cache: DynamicCache, device: torch.device, repeats: int, tally: CacheTally
 ) -> DynamicCache:
     for _ in range(repeats):
         with one_cpu_thread():
@@ -213,16 +185,9 @@ def _store_and_restore(
         tally.encode_gbps.append(entry.raw_bytes / encode_s / 1e9)
         tally.decode_gbps.append(entry.raw_bytes / decode_s / 1e9)
     tally.raw_bytes += entry.raw_bytes
-    tally.encoded_bytes += entry.encoded_bytes
-    pairs = zip(cache_tensors(cache), cache_tensors(restored), scheme.bounds(entry), strict=True)
-    for original, copied, bound in pairs:
-        tally.num_values += original.numel()
-        tally.kv_identical &= same_bits(original, copied)
-        error = largest_error(original, copied)
-        tally.max_abs_error = max(tally.max_abs_error, error)
-        if bound is not None:
-            share = error / bound if bound else (0.0 if error == 0 else float("inf"))
-            tally.error_over_bound = max(tally.error_over_bound or 0.0, share)
+    pairs = zip(cache_tensors(cache), cache_tensors(restored), entry.frames, scheme.bounds(entry), strict=True)
+    for index, (original, copied, frame, bound) in enumerate(pairs):
+        tally.add_tensor(index % 2, original, copied, frame, bound)
     store.delete("prefix")
     return restored
 
@@ -238,38 +203,29 @@ def _timed(action: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def _compare_logits(untouched: Tensor, restored: Tensor, targets: Tensor, tally: _Tally) -> None:
-    """Add up both caches' logits `[tokens, vocabulary]` for the true next tokens `targets` `[tokens]`."""
-    tally.logits_identical &= same_bits(untouched, restored)
-    for p_rows, q_rows, target in zip(
-        untouched.split(SCORE_ROWS), restored.split(SCORE_ROWS), targets.split(SCORE_ROWS), strict=True
-    ):
-        p, q = p_rows.double().log_softmax(-1), q_rows.double().log_softmax(-1)
-        # A token that the model rules out (logit -inf) has no share in the sum.
-        tally.kl += float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())
-        tally.nll_untouched -= float(p.gather(1, target[:, None]).sum())
-        tally.nll_restored -= float(q.gather(1, target[:, None]).sum())
-        tally.agreed += int((p_rows.argmax(-1) == q_rows.argmax(-1)).sum())
-        tally.scored += len(target)
-
-
-def _result(scheme: Scheme, tally: _Tally) -> SchemeResult:
+def _result(scheme: Scheme, tally: CacheTally) -> SchemeResult:
+    logits = tally.logits
     return SchemeResult(
         name=scheme.name,
         family=scheme.family,
         setting=scheme.setting,
         guarantee=scheme.guarantee,
-        num_values=tally.num_values,
+        num_values=sum(tally.num_values),
         raw_bytes=tally.raw_bytes,
-        encoded_bytes=tally.encoded_bytes,
+        encoded_bytes=sum(tally.encoded_bytes),
+        bits_k=tally.bits(0),
+        bits_v=tally.bits(1),
         max_abs_error=tally.max_abs_error,
         error_over_bound=tally.error_over_bound,
         kv_identical=tally.kv_identical,
-        logits_identical=tally.logits_identical,
-        kl_nats=tally.kl / tally.scored,
-        nll_untouched=tally.nll_untouched / tally.scored,
-        nll_restored=tally.nll_restored / tally.scored,
-        top1_agreement=tally.agreed / tally.scored,
+        logits_identical=logits.identical,
+        kl_nats=logits.kl_mean,
+        kl_p99=logits.kl_p99,
+        nll_untouched=logits.nll_untouched / logits.scored,
+        nll_restored=logits.nll_restored / logits.scored,
+        top1_agreement=logits.top1_agreement,
+        top5_agreement=logits.top5_agreement,
         encode_gbps=median(tally.encode_gbps),
         decode_gbps=median(tally.decode_gbps),
+        drift_tokens=tuple(tally.drift),
     )

@@ -17,16 +17,21 @@ class SchemeResult:
     num_values: int
     raw_bytes: int
     encoded_bytes: int
+    bits_k: float  # bits per value of K alone
+    bits_v: float
     max_abs_error: float  # of any K or V value
     error_over_bound: float | None  # the largest, each tensor against its own bound; None where none is promised
     kv_identical: bool  # every restored bit
     logits_identical: bool  # every scored logit
     kl_nats: float  # KL(untouched || restored), mean over the scored tokens
+    kl_p99: float  # 99 of 100 scored tokens stay below
     nll_untouched: float  # nats per token
     nll_restored: float
     top1_agreement: float  # share of scored tokens with the same most likely next token
+    top5_agreement: float  # share of the untouched cache's five most likely tokens among the restored cache's five
     encode_gbps: float  # medians
     decode_gbps: float
+    drift_tokens: tuple[int, ...] = ()  # greedy tokens until the first difference, each sequence (the limit if none)
 
     @property
     def ratio(self) -> float:
@@ -42,6 +47,11 @@ class SchemeResult:
     def perplexity_change(self) -> float:
         """Relative: 0.01 is one percent more perplexed than with the untouched cache."""
         return math.expm1(self.nll_restored - self.nll_untouched)
+
+    @property
+    def drift_mean(self) -> float | None:
+        """Mean of the greedy tokens until the first difference; None if none were generated."""
+        return sum(self.drift_tokens) / len(self.drift_tokens) if self.drift_tokens else None
 
     @property
     def guarantee_kept(self) -> bool:
