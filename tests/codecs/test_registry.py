@@ -87,7 +87,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 def test_built_in_codecs(install: Callable[..., None]) -> None:
     install()
-    assert kvferry.codecs() == {"raw": kvferry.Raw, "lossless": kvferry.Lossless, "bounded": kvferry.Bounded}
+    built_in = (kvferry.Raw, kvferry.Lossless, kvferry.Bounded, kvferry.Transform)
+    assert kvferry.codecs() == {codec.name: codec for codec in built_in}
 
 
 def test_third_party_codec(install: Callable[..., None]) -> None:
@@ -107,7 +108,7 @@ def test_its_frames_need_it(install: Callable[..., None]) -> None:
     install("negated")
     frame = kvferry.compress(torch.ones(3), Negated())
     install()
-    with pytest.raises(UnsupportedVersion, match=r"'x-negated'.*bounded, lossless, raw"):
+    with pytest.raises(UnsupportedVersion, match=r"'x-negated'.*bounded, lossless, raw, transform"):
         kvferry.decompress(frame)
     assert kvferry.inspect(frame).shape == (3,)
 
@@ -129,7 +130,7 @@ def test_broken_plugins_are_left_out_and_logged(
     install(name, "negated")
     with caplog.at_level(logging.WARNING, logger="kvferry.codecs"):
         found = kvferry.codecs()
-    assert set(found) == {"raw", "lossless", "bounded", "x-negated"}
+    assert set(found) == {"raw", "lossless", "bounded", "transform", "x-negated"}
     assert found["lossless"] is kvferry.Lossless
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"codec {name} left out" in caplog.text

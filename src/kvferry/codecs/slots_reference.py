@@ -101,6 +101,7 @@ def _pair(first: np.ndarray, second: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def encode(slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
     """`SlotCodec.encode` on the CPU."""
+    tile_bounds: Tensor | None = getattr(slot_codec, "tile_bounds", None)
     pages, index = _checked(slot_codec, page_table, slots, slot_index)
     identity = identities.numpy().view(np.uint64)
     at_once = max(1, TILES_AT_ONCE // slot_codec.num_tiles)
@@ -109,14 +110,20 @@ def encode(slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_inde
         for doublings in range(slot_codec.relaxations + 1):
             header = slot_codec.header.repeat(len(todo))
             header["relaxed"], header["identity"] = doublings, identity[todo]
-            fits = _encode_once(slot_codec, pages[todo], slots.numpy(), index[todo], header)
+            bounds = None if tile_bounds is None else tile_bounds[torch.from_numpy(todo)]
+            fits = _encode_once(slot_codec, pages[todo], slots.numpy(), index[todo], header, bounds)
             todo = todo[~fits]
             if not len(todo):
                 break
 
 
 def _encode_once(
-    slot_codec: "SlotCodec", page_table: np.ndarray, slots: np.ndarray, index: np.ndarray, header: np.ndarray
+    slot_codec: "SlotCodec",
+    page_table: np.ndarray,
+    slots: np.ndarray,
+    index: np.ndarray,
+    header: np.ndarray,
+    tile_bounds: Tensor | None,
 ) -> np.ndarray:
     """Write the chunks that fit at the bounds doubled `header["relaxed"]` times, and say which: bool `[chunks]`. After
     the last doubling that is allowed, write that the others are rejected."""
@@ -126,7 +133,7 @@ def _encode_once(
     sizes = np.zeros((len(index), num_tiles), dtype=np.int64)
     coded: list[tuple[_Batch, np.ndarray]] = []
     for batch in chunks.batches(np.ones_like(sizes, dtype=bool)):
-        rows, length, bound = _tiles(slot_codec, batch, chunks.gather(batch), doublings)
+        rows, length, bound = _tiles(slot_codec, batch, chunks.gather(batch), tile_bounds, doublings)
         sizes[batch.chunk, batch.tile] = length
         np.maximum.at(header["bound_used"], batch.chunk, bound)
         coded.append((batch, rows))
@@ -156,7 +163,7 @@ def _checksums(rows: np.ndarray, identity: np.ndarray, tile: np.ndarray, size: n
 
 
 def _tiles(
-    slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, doublings: int
+    slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, tile_bounds: Tensor | None, doublings: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows of tile bytes uint8 `[N, L]`, sizes int64 `[N]`, largest bound of each tile float32 `[N]`) of bit patterns
     `[N, T, C]`."""
@@ -164,12 +171,14 @@ def _tiles(
     if coder is None:
         rows = raw_rows(bits)
         return rows.numpy(), np.full(len(bits), rows.shape[1]), np.zeros(len(bits), dtype=np.float32)
-    columns, bound = _columns(slot_codec, batch, bits, doublings)
+    columns, bound = _columns(slot_codec, batch, bits, tile_bounds, doublings)
     rows, length = tile_rows(bits, columns, coder.layout, coder.packer)
     return rows.numpy(), length.numpy(), bound.numpy()
 
 
-def _columns(slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, doublings: int) -> tuple[Columns, Tensor]:
+def _columns(
+    slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, tile_bounds: Tensor | None, doublings: int
+) -> tuple[Columns, Tensor]:
     """What the packer codes, and the largest bound of each tile, float32 `[N]`."""
     codec, dtype = slot_codec.codec, slot_codec.kv.dtype
     if not isinstance(codec, Bounded):
@@ -180,6 +189,8 @@ def _columns(slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, doublings: in
     absolute = slot_codec.bounds
     if absolute is not None:
         absolute = absolute[torch.from_numpy(batch.tile % slot_codec.kv.num_lines)]
+    if tile_bounds is not None:
+        absolute = tile_bounds[torch.from_numpy(batch.chunk), torch.from_numpy(batch.tile)]
     steps = codec.steps_from_statistics(low, high, exponent_sum, sampled, dtype, absolute=absolute, doublings=doublings)
     columns = bounded.to_columns(values, bits, steps, codec.mode, PACKERS[codec.packing].group_tokens)
     return columns, steps.bound.flatten(1).amax(1) if steps.bound.dim() == 2 else steps.bound

@@ -17,7 +17,7 @@ VERSION = 1
 HEADER_BYTES = 64
 DIRECTORY_BYTES = 8
 """Of one tile: where it ends in the payload, and its checksum."""
-CODECS = ("raw", "lossless", "bounded")
+CODECS = ("raw", "lossless", "bounded", "transform")
 
 HEADER = np.dtype(
     [

@@ -155,7 +155,12 @@ class Sink(ctypes.Structure):
 class Bounds(ctypes.Structure):
     """`Bounds` of quantise.cu."""
 
-    _fields_ = (("bounds", ctypes.c_void_p), ("relative", ctypes.c_double), ("bound", ctypes.c_float))
+    _fields_ = (
+        ("bounds", ctypes.c_void_p),
+        ("relative", ctypes.c_double),
+        ("bound", ctypes.c_float),
+        ("per_tile", ctypes.c_int32),
+    )
 
 
 class Input(ctypes.Structure):

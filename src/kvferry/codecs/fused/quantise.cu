@@ -10,11 +10,12 @@ struct Quantisers {  // of a lane's channels
 };
 
 // Where a tile's bound comes from: `relative` (if above 0) times the range of its values, else `bounds` of its line (of the tile itself
-// where there are no pages), else `bound`. Codecs without a bound use none of it.
+// where there are no pages, or with `per_tile`), else `bound`. Codecs without a bound use none of it.
 struct Bounds {
     const float *bounds;
     double relative;
     float bound;
+    int per_tile;
     __device__ __forceinline__ bool uniform() const { return !bounds && !(relative > 0.0); }
 };
 
@@ -132,7 +133,7 @@ __device__ __forceinline__ void make_quantisers(const Source &s, const Tile &til
     const int sampled = (tile.tokens + 7) / 8 * tile.channels;
     const int typical = warp_sum(exponents) / max(sampled, 1) + 2;
     if (!(how.relative > 0.0)) {
-        const float asked = how.bounds ? how.bounds[PAGED ? tile.local % s.num_lines : tile.index] : how.bound;
+        const float asked = how.bounds ? how.bounds[PAGED && !how.per_tile ? tile.local % s.num_lines : tile.index] : how.bound;
         const Quantiser q = quantiser_of(loosened(asked, relaxed), typical);
 #pragma unroll
         for (int k = 0; k < CPL; ++k) quantiser[k] = q;

@@ -191,6 +191,9 @@ def _bounds(slot_codec: "SlotCodec") -> kernels.Bounds:
     if codec.relative:
         return kernels.Bounds(None, float(codec.error_bound), 0.0)
     bound = float(round_down(torch.tensor(codec.error_bound, dtype=torch.float64)))
+    tile_bounds: Tensor | None = getattr(slot_codec, "tile_bounds", None)
+    if tile_bounds is not None:
+        return kernels.Bounds(tile_bounds.data_ptr(), 0.0, bound, 1)
     return kernels.Bounds(kernels.address(slot_codec.bounds), 0.0, bound)
 
 
