@@ -3,12 +3,15 @@
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvferry import Bounded, Codec, Lossless, Raw
+import kvferry
+from contract.profiles import ROPES, assert_within_profile, make_profile, stored_blocks
+from kvferry import BlockSpec, Bounded, Codec, Lossless, Raw, Transform
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = [
@@ -38,10 +41,29 @@ def bounded(mode: str, grouping: str, packing: str, relative_to: str, error_boun
     return Bounded(bound, relative, relative_to if relative else "tensor", mode, grouping, packing)
 
 
+MEDIUM = (2, 97, 150)
+"""Full and partial token blocks, two unequal channel segments; flat grouping: tiles of all three kinds. For
+`Transform`, two heads."""
+
+
+def transform(heads: int, head_dim: int, turn: int = 0, **parameters: object) -> Transform:
+    """For tensors `[..., heads, tokens, head_dim]`; the turn chooses RoPE, groups, layer and side."""
+    groups = [size for size in range(1, heads + 1) if heads % size == 0 and size * head_dim <= 512] or [1]
+    profile = make_profile(heads, head_dim, groups[turn % len(groups)], ROPES[turn // 2 % len(ROPES)])
+    return Transform(profile, turn // 2 % 2, "vk"[turn % 3 > 0], **parameters)  # type: ignore[arg-type]
+
+
 CASES: dict[str, list[Codec]] = {
     "raw": [Raw()],
     "lossless": [Lossless(packing) for packing in PACKINGS],
     "bounded": [bounded(*choice) for choice in itertools.product(MODES, GROUPINGS, PACKINGS, RELATIVE_TO)],
+    "transform": [
+        transform(2, 150, 1),
+        transform(2, 150, 2, packing="bitpack", first_position=5000),
+        transform(2, 150, 3, error_bound=0.25),
+        transform(2, 150, 4, packing="bitpack", error_bound=3.0),
+        transform(2, 150, 5, ratio=2.0),
+    ],
 }
 """Every built-in codec with all its parameters. A codec that `kvferry.codecs()` lists must be here."""
 
@@ -49,6 +71,9 @@ CASES: dict[str, list[Codec]] = {
 def case_id(case: object) -> str:
     if isinstance(case, Bounded):
         return f"bounded-{case.mode}-{case.grouping}-{case.packing}-{case.relative_to if case.relative else 'absolute'}"
+    if isinstance(case, Transform):
+        asked = f"{case.error_bound:g}" if case.ratio is None else f"ratio{case.ratio:g}"
+        return f"transform-{case.side}{case.layer}-of{case.profile.group_heads}-{case.packing}-{asked}"
     if isinstance(case, Lossless):
         return f"lossless-{case.packing}"
     if isinstance(case, Codec):
@@ -65,8 +90,9 @@ def all_cases() -> list[object]:
     ]
 
 
-def some_cases(turn: int) -> list[tuple[Codec, torch.dtype]]:
-    """Nine cases for input number `turn`, others for other inputs: each pair of parameters meets in some of them."""
+def some_cases(turn: int, shape: tuple[int, ...] = ()) -> list[tuple[Codec, torch.dtype]]:
+    """Nine cases for input number `turn`, others for other inputs: each pair of parameters meets in some of them.
+    One more for a `shape` that has heads."""
     floats = [FLOATS[(turn + i) % 3] for i in range(9)]
     chosen: list[tuple[Codec, torch.dtype]] = [
         (Raw(), (FLOATS + FP8)[turn % 5]),
@@ -77,6 +103,8 @@ def some_cases(turn: int) -> list[tuple[Codec, torch.dtype]]:
         at = turn + i
         codec = bounded(mode, GROUPINGS[(at // 2 + turn) % 2], packing, RELATIVE_TO[(at + turn // 4) % 4])
         chosen.append((codec, floats[i]))
+    if len(shape) > 2 and shape[-3] and shape[-1]:
+        chosen.append((transform(shape[-3], shape[-1], turn, packing=PACKINGS[turn // 3 % 2]), FLOATS[turn % 2]))
     return chosen
 
 
@@ -119,6 +147,36 @@ def with_specials(values: Tensor) -> tuple[Tensor, Tensor]:
         flat[at] = chosen.to(words.dtype)
         where[at] = True
     return words.view(values.dtype), where.view(values.shape)
+
+
+@cache
+def medium_input(dtype: torch.dtype, codec: Codec | None = None) -> tuple[Tensor, Tensor]:
+    """Values of the shape `MEDIUM`, and which of them `codec` promises to bring back bit for bit (bool)."""
+    tensor, special = with_specials(gaussian(MEDIUM, dtype))
+    if isinstance(codec, Transform):
+        # Of its blocks only the last, or every one would be stored as it is.
+        spared = torch.zeros(MEDIUM, dtype=torch.bool)
+        spared[-1, 64:] = True
+        tensor = torch.where(spared | tensor.isfinite(), tensor, 0)
+        special = special & stored_blocks(tensor, codec.profile.group_heads)
+    return tensor, special
+
+
+def assert_kept(tensor: Tensor, frame: bytes, back: Tensor, codec: Codec) -> None:
+    """What `codec` promises about `back`, decoded from `frame`, which was made of `tensor`."""
+    assert back.shape == tensor.shape
+    assert back.dtype == tensor.dtype
+    assert len(frame) <= codec.max_encoded_bytes(BlockSpec.of(tensor))
+    info = kvferry.inspect(frame)
+    if codec.exact:
+        assert torch.equal(bits_of(back), bits_of(tensor))
+    elif isinstance(codec, Transform):
+        assert_within_profile(tensor, back, codec, info.error_bound, info.bound_used)
+        assert codec.ratio is not None or info.error_bound == codec.error_bound
+        assert codec.ratio is None or info.ratio >= codec.ratio
+    else:
+        assert isinstance(codec, Bounded), "say here what this codec promises"
+        assert_within_bounds(tensor, back, codec, info.bound_used)
 
 
 def tiles_of(shape: tuple[int, ...], flat: bool) -> Iterator[Tensor]:
