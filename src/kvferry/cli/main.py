@@ -5,6 +5,7 @@ import typer
 from kvferry.cli.bench import bench
 from kvferry.cli.bench_codec import codec
 from kvferry.cli.bench_pipeline import pipeline
+from kvferry.cli.calibrate import calibrate
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
 from kvferry.cli.inspect import inspect
@@ -18,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(demo)
+app.command()(calibrate)
 app.command()(inspect)
 app.command()(doctor)
 app.command(context_settings=SERVE_CONTEXT)(serve)
