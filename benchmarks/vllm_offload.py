@@ -26,16 +26,18 @@ ANSWER_TOKENS = 16
 
 
 class Process:
-    """An engine in a process of its own."""
+    """An engine in a process of its own, which runs `module`. Call `wait_until_up` before anything else."""
 
-    def __init__(self, arm: str, plan: dict[str, Any], logs: Path) -> None:
+    facts: dict[str, Any]
+
+    def __init__(self, arm: str, plan: dict[str, Any], logs: Path, module: str = "benchmarks.vllm_offload_arm") -> None:
         self.arm = arm
         self.log = logs / f"vllm-{arm.replace(':', '-')}.log"
         read, write = os.pipe()
         words = [
             sys.executable,
             "-m",
-            "benchmarks.vllm_offload_arm",
+            module,
             json.dumps({**plan, "arm": arm, "replies": write}),
         ]
         with self.log.open("w") as log:
@@ -44,6 +46,8 @@ class Process:
             )
         os.close(write)
         self._replies = os.fdopen(read)
+
+    def wait_until_up(self) -> None:
         self.facts = self._reply()
 
     def do(self, what: str, **arguments: Any) -> dict[str, Any]:
@@ -111,6 +115,48 @@ def measure_working_set(engines: list[Process], length: int, chunk_tokens: int) 
     return {"prompts": prompts, "length": length, **rows}
 
 
+def measure_startup(
+    arms: list[str], plan: dict[str, Any], logs: Path, repetitions: int, budget_s: float
+) -> dict[str, list[dict[str, float]]]:
+    """Start each arm and close it before the next, in turn, `repetitions` times or until `budget_s` would be over.
+
+    Seconds, by arm: `up` from the process's start to its first answer; of these, `import` of vLLM, `engine` the rest;
+    of that, `allocate` and `register` host memory, and the `offload_worker` as a whole; and to `close`.
+    """
+    began = time.perf_counter()
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+    longest = 0.0
+    for repetition in range(repetitions):
+        for arm in arms if repetition % 2 == 0 else arms[::-1]:
+            start = time.perf_counter()
+            if start - began + longest > budget_s:
+                return found
+            engine = Process(arm, plan, logs)
+            try:
+                engine.wait_until_up()
+                up = time.perf_counter()
+            finally:
+                engine.close()
+            done = time.perf_counter()
+            facts = engine.facts
+            row = {"up": up - start, "import": facts["import_s"], "engine": facts["startup_s"], **facts["of_it_s"],
+                   "close": done - up}  # fmt: skip
+            found[arm].append(row)
+            longest = max(longest, done - start)
+            print(f"{arm}: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in row.items()), flush=True)
+    return found
+
+
+def report_startup(found: dict[str, list[dict[str, float]]]) -> list[str]:
+    """A table of medians."""
+    names = ["up", "import", "engine", "allocate", "register", "offload_worker", "close"]
+    lines = [f"{'arm':16}{'starts':>8}" + "".join(f"{name:>16}" for name in names)]
+    for arm, rows in found.items():
+        medians = [statistics.median(row[name] for row in rows) if rows else float("nan") for name in names]
+        lines.append(f"{arm:16}{len(rows):8}" + "".join(f"{median:16.2f}" for median in medians))
+    return lines
+
+
 def _turned(engines: list[Process], by: int) -> list[Process]:
     by %= len(engines)
     return engines[by:] + engines[:by]
@@ -142,6 +188,13 @@ def report(found: dict[str, Any], lengths: list[int]) -> tuple[list[str], bool]:
     return lines, right
 
 
+def write(results: dict[str, Any], began: float, output: Path | None) -> None:
+    """Write results where there is an `output`, with the seconds since `began`."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({**results, "seconds": time.perf_counter() - began}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arms_help = "raw, none, lossless, bounded, bounded:ERROR_BOUND; the first is what others are compared with"
@@ -154,6 +207,9 @@ def main() -> None:
     parser.add_argument("--shape", default="8b", choices=("8b", "tiny"), help="of a model with random weights")
     parser.add_argument("--model", help="a model's folder, instead of random weights")
     parser.add_argument("--options", default="{}", help="more of vLLM's engine arguments, JSON")
+    parser.add_argument("--startup-only", action="store_true", help="start arms one after another, measure only that")
+    parser.add_argument("--repetitions", type=int, default=3, help="with --startup-only: starts of each arm, at most")
+    parser.add_argument("--budget-seconds", type=float, default=500.0, help="with --startup-only: start no more after")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--logs", type=Path, default=Path(os.environ.get("OUT", "/tmp")), help="folder for vLLM's logs")
     given = parser.parse_args()
@@ -166,11 +222,17 @@ def main() -> None:
         "chunk_tokens": given.chunk_tokens, "max_model_len": max(lengths) + 512, "options": json.loads(given.options),
     }  # fmt: skip
     began = time.perf_counter()
+    if given.startup_only:
+        starts = measure_startup(arms, plan, given.logs, given.repetitions, given.budget_seconds)
+        write({"machine": describe(), "plan": plan, "startup": starts}, began, given.output)
+        print("\n".join(report_startup(starts)))
+        return
     engines: list[Process] = []
     try:
         for arm in arms:
             # One after another: each looks at how much of the GPU is free.
             engines.append(Process(arm, plan, given.logs))
+            engines[-1].wait_until_up()
             print(f"{arm}: up after {time.perf_counter() - began:.0f} s", flush=True)
         colds, restores = (2, 5) if given.quick else (5, 11)
         results: dict[str, Any] = {"machine": describe(), "plan": plan, "arms": {}}
@@ -186,12 +248,9 @@ def main() -> None:
     finally:
         for engine in engines:
             engine.close()
-    results["seconds"] = time.perf_counter() - began
     results["answers_agree"] = right
     print("\n".join(lines))
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps(results, indent=1) + "\n")
+    write(results, began, given.output)
     if not right:
         raise SystemExit(1)
 

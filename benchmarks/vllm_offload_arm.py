@@ -1,13 +1,17 @@
 """One engine of `benchmarks.vllm_offload`, which starts it and tells it what to do: a line of JSON a command."""
 
+import functools
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -43,20 +47,33 @@ class Arm:
     """An engine and what is measured of it. Prompts are random tokens, by seed and length."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            _prepare_cpu()
         from vllm import LLM
 
         start = time.perf_counter()
+        self.import_s = start - began
+        self.watched_s = watch_startup()
         self.shape = dict(SHAPES[plan["shape"]]) if plan["model"] is None else {}
         options: dict[str, Any] = {"model": plan["model"] or self._make_config(), "enforce_eager": True}
         if plan["model"] is None:
-            options |= {"load_format": "dummy", "skip_tokenizer_init": True}
+            options["load_format"] = "dummy"
+        if not on_gpu:
+            options |= {"compilation_config": {"custom_ops": ["none"]}, "block_size": 32}
+        if plan.get("gpu_tokens"):
+            # A block more: vLLM keeps one for itself.
+            block = options.setdefault("block_size", 16)
+            options["num_gpu_blocks_override"] = plan["gpu_tokens"] // block + 1
+        options["skip_tokenizer_init"] = True  # prompts are tokens
         config = transfer(plan["arm"], plan["cpu_gib"], plan["chunk_tokens"])
         if config is not None:
             options["kv_transfer_config"] = config
         self.llm = LLM(
             dtype="bfloat16",
             max_model_len=plan["max_model_len"],
-            max_num_seqs=32,
+            max_num_seqs=plan.get("max_num_seqs", 32),
             gpu_memory_utilization=plan["gpu_memory"],
             disable_log_stats=False,
             **options,
@@ -132,7 +149,9 @@ class Arm:
         from kvferry.integrations.vllm.connector import KVFerryConnector
 
         blocks = self.core.vllm_config.cache_config.num_gpu_blocks
-        found: dict[str, Any] = {"startup_s": self.startup_s, "gpu_blocks": blocks}
+        found: dict[str, Any] = {
+            "import_s": self.import_s, "startup_s": self.startup_s, "of_it_s": self.watched_s, "gpu_blocks": blocks,
+        }  # fmt: skip
         if self.connector is not None:
             manager = self.connector.connector_scheduler.manager
             found["host_chunks"] = manager._num_chunks
@@ -185,6 +204,39 @@ class Arm:
         return SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0)
 
 
+def watch_startup() -> dict[str, float]:
+    """Seconds of an engine's start to come, added up while it starts: `allocate` host memory (map it and fault it in),
+    `register` it with CUDA, and the whole of making the `offload_worker` (these, and compiling kernels)."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+    from vllm.v1.kv_offload.cpu import gpu_worker
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+    spent = {"allocate": 0.0, "register": 0.0, "offload_worker": 0.0}
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def wrapper(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return wrapper
+
+    SharedOffloadRegion.__init__ = timed("allocate", SharedOffloadRegion.__init__)
+    gpu_worker.host_register = timed("register", gpu_worker.host_register)
+    OffloadingConnectorWorker._init_worker = timed("offload_worker", OffloadingConnectorWorker._init_worker)
+    return spent
+
+
+def _prepare_cpu() -> None:
+    """Let vLLM's engine run without a GPU, as the tests do."""
+    os.environ.update(VLLM_TARGET_DEVICE="cpu", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "integrations" / "vllm"))
+    import cpu_operators  # noqa: F401
+
+
 def _scale_weights(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -193,7 +245,7 @@ def _scale_weights(model: Any) -> None:
             parameter.data.mul_(_USUAL_SCALE)
 
 
-def main() -> None:
+def answer_commands(kind: type[Arm]) -> None:
     """Answer commands until standard input ends."""
     plan = json.loads(sys.argv[1])
     replies = os.fdopen(plan["replies"], "w")
@@ -201,7 +253,7 @@ def main() -> None:
     def reply(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=replies, flush=True)
 
-    arm = Arm(plan)
+    arm = kind(plan)
     reply(arm.facts())
     for line in sys.stdin:
         command = json.loads(line)
@@ -209,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_commands(Arm)

@@ -53,7 +53,7 @@ def _joined(ranges: Sequence[Range]) -> list[Range]:
 
 
 def _split(ranges: Sequence[Range], total: int, parts: int) -> list[list[Range]]:
-    """`ranges` in `parts` of about as many bytes, each of neighbours; cut at multiples of 2 MiB from a range's start."""
+    """`ranges` in at most `parts` of about as many bytes, neighbours together, cut every few 2 MiB from their start."""
     step = 2 << 20
     share = -(-total // parts // step) * step
     made: list[list[Range]] = [[]]
