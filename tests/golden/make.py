@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import kvferry
-from kvferry import Bounded, Codec, Lossless, PagedKV, Raw, SlotCodec
+from kvferry import Bounded, Codec, Lossless, PagedKV, Profile, Raw, Rope, SlotCodec, Transform
 from kvferry.codecs.slots import raw_slot_bytes
+from kvferry.codecs.transform.profile import Layer, SideProfile
 
 FOLDER = Path(__file__).parent
 DIGESTS = FOLDER / "digests.json"
@@ -42,6 +43,7 @@ SPECIALS = {
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 MEDIUM = (70, 40)
 SEVERAL = (2, 66, 144)
+HEADS = (2, 4, 70, 24)
 
 
 def make_input(shape: tuple[int, ...], dtype: str, special: bool) -> Tensor:
@@ -67,6 +69,51 @@ def bounded(mode: str, packing: str, grouping: str = "token", relative_to: str =
         return Bounded(0.11, False, "tensor", mode, grouping, packing)
     # float32's specials reach furthest, and the tensor's range with them.
     return Bounded(0.01, True, relative_to, mode, grouping, packing)
+
+
+def reflection(n: int, seed: int) -> Tensor:
+    """A basis int16 `[n, n]`: Householder's reflection I - 2 v v^T / v^T v with whole numbers v, times 2**15 and
+    rounded, in integers."""
+    v = (np.arange(1, n + 1) * 2654435761 * seed % (1 << 32) >> 13) % 61 - 30
+    square = int(v @ v)
+    exact = (np.eye(n, dtype=np.int64) * square - 2 * np.outer(v, v)) << 15
+    rounded = (2 * exact + square) // (2 * square)
+    return torch.from_numpy(np.clip(rounded, -32767, 32767).astype(np.int16))
+
+
+def golden_profile(heads: int, head_dim: int, group_heads: int, interleaved: bool = False) -> Profile:
+    """A profile of two layers, without any arithmetic that machines could differ in."""
+    groups, n = heads // group_heads, group_heads * head_dim
+    parts = []
+    for number in range(4):
+        basis = torch.stack([reflection(n, 7 * number + 2 * group + 3) for group in range(groups)])
+        mean = torch.arange(groups * n).view(groups, n) * (number + 5) % 193 - 96
+        parts.append(SideProfile(mean.float() / 64, basis, (0.25, 0.1875, 0.375, 0.125)[number]))
+    pairs = head_dim // 3
+    rope = Rope(head_dim, 2 * pairs, tuple(2.0**-i for i in range(pairs)), interleaved)
+    return Profile((Layer(*parts[:2]), Layer(*parts[2:])), heads, head_dim, group_heads, rope)
+
+
+def transform_cases() -> dict[str, tuple[Codec, Tensor]]:
+    alone, pairs = golden_profile(4, 24, 1), golden_profile(4, 24, 2, interleaved=True)
+    wide = golden_profile(1, 144, 1)
+    found: dict[str, tuple[Codec, Tensor]] = {}
+    for packing, dtype in itertools.product(("ans", "bitpack"), ("bfloat16", "float16")):
+        plain = make_input(HEADS, dtype, special=False)
+        found[f"transform-{packing}-{dtype}-k"] = Transform(alone, 0, "k", packing=packing, first_position=40), plain
+        special = make_input(HEADS, dtype, special=False)
+        # Of eight blocks of 64 tokens of two heads, these two are stored as they are.
+        special[0, 1, 3, 5] = float("nan")
+        special[1, 2, 69, 23] = -float("inf")
+        found[f"transform-{packing}-{dtype}-v-specials"] = Transform(pairs, 1, "v", 0.5, packing=packing), special
+    several = make_input((1, 130, 144), "bfloat16", special=False)
+    found["transform-ans-bfloat16-k-interleaved"] = (
+        Transform(pairs, 1, "k", 2.0),
+        make_input(HEADS, "bfloat16", special=False),
+    )
+    found["transform-ans-bfloat16-k-several-tiles"] = Transform(wide, 1, "k", ratio=3.0), several
+    found["transform-ans-bfloat16-v-empty"] = Transform(alone, 0, "v"), several[..., :24].expand(4, -1, -1)[:, :0]
+    return found
 
 
 def cases() -> dict[str, tuple[Codec, Tensor]]:
@@ -107,7 +154,7 @@ def cases() -> dict[str, tuple[Codec, Tensor]]:
             bounded("fixed", "ans", relative_to="absolute"),
             make_input(shape, "float32", special=False),
         )
-    return found
+    return found | transform_cases()
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ _PARAMS = struct.Struct("<HBBIQ16s")
 _PARAMS_VERSION = 1
 _COUNT = struct.Struct("<II")
 _NO_VALUES = np.zeros(0, dtype=np.int64)
-SCALES = tuple(2.0 ** (i / 8) for i in range(-48, 65))
-"""What `ratio` chooses from, in units of the profile's steps."""
+SCALES = tuple(float(np.float32(2.0 ** (i / 8))) for i in range(-48, 65))
+"""What `ratio` chooses from, in units of the profile's steps; of float32, where all machines' powers agree."""
 COEFFICIENTS = torch.float16
 MOST_POSITIONS = 1 << 48
 """Positions are below: float64 holds them, and a frame's header says so of sizes."""
