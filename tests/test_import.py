@@ -37,6 +37,17 @@ for packing in ("ans", "bitpack"):
     frame = kvferry.compress(tensor, kvferry.Bounded(0.25, relative=False, packing=packing))
     assert (kvferry.decompress(frame) - tensor).abs().max() <= 0.25
     assert kvferry.inspect(frame).ratio > 3
+profile = kvferry.Profile.hadamard(1, 2, 32, kvferry.Rope.none(32), [(0.25, 0.25)])
+values = torch.linspace(-3, 3, 2 * 70 * 32).view(2, 70, 32).bfloat16()
+frame = kvferry.compress(values, kvferry.Transform(profile, 0, "k"))
+assert (kvferry.decompress(frame) - values).abs().max() <= kvferry.inspect(frame).bound_used < 2
+for call in (lambda: profile.save("none"), lambda: kvferry.Profile.load("none")):
+    try:
+        call()
+    except ImportError as error:
+        assert "pip install 'kvferry[transformers]'" in str(error) and "blocked" in str(error)
+    else:
+        raise SystemExit("a profile was saved or loaded without safetensors")
 store = kvferry.HostStore(1 << 20)
 assert not BLOCKED & {{name.partition(".")[0] for name in sys.modules}}
 
