@@ -8,6 +8,7 @@ from kvferry.cli.bench_pipeline import pipeline
 from kvferry.cli.calibrate import calibrate
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
+from kvferry.cli.evaluate import evaluate
 from kvferry.cli.inspect import inspect
 from kvferry.cli.serve import SERVE_CONTEXT, serve
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(demo)
+app.command()(evaluate)
 app.command()(calibrate)
 app.command()(inspect)
 app.command()(doctor)

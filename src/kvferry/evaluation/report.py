@@ -32,6 +32,15 @@ HEADINGS = (
     "encode\nGB/s",
     "decode\nGB/s",
 )
+EVALUATION_HEADINGS = (
+    "bits/\nvalue",
+    "ratio",
+    "KL\nmean",
+    "KL\np99",
+    "top-1\nagree",
+    "top-5\nagree",
+    "perplex.\nchange",
+)
 MARKERS = "osD^vPX*hp<>"
 
 
@@ -81,31 +90,62 @@ def write_json(
 
 def table(results: Sequence[SchemeResult], title: str) -> Table:
     """One line a scheme; a promise that was not kept is marked."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    grid = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    grid.add_column("codec")
-    for heading in HEADINGS:
-        # In a narrow terminal the names wrap; the figures stay whole.
-        grid.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split("\n"))))
-    family = None
-    for result in results:
-        if family is not None and result.family != family:
-            grid.add_section()
-        family = result.family
-        grid.add_row(
-            result.name,
+    rows = [
+        (
             f"{result.bits_per_value:.2f}",
             f"{result.ratio:.2f}",
             _error_cell(result),
-            "0" if result.kl_nats == 0 else f"{result.kl_nats:.5f}",
+            _kl_cell(result.kl_nats),
             f"{100 * result.perplexity_change:+.2f}%",
             f"{result.top1_agreement:.4f}",
             f"{result.encode_gbps:.3g}",
             f"{result.decode_gbps:.3g}",
-            style=None if result.guarantee_kept else "bold red",
         )
+        for result in results
+    ]
+    return _grid(title, HEADINGS, results, rows)
+
+
+def evaluation_table(results: Sequence[SchemeResult], title: str) -> Table:
+    """One line a scheme, with what `kvferry evaluate` adds: tails, top-5, and drift where it was measured."""
+    drift = any(result.drift_tokens for result in results)
+    rows = [
+        (
+            f"{result.bits_per_value:.2f}",
+            f"{result.ratio:.2f}",
+            _kl_cell(result.kl_nats),
+            _kl_cell(result.kl_p99),
+            f"{result.top1_agreement:.4f}",
+            f"{result.top5_agreement:.4f}",
+            f"{100 * result.perplexity_change:+.2f}%",
+            *((f"{result.drift_mean:.1f}" if result.drift_mean is not None else "-",) if drift else ()),
+            _error_cell(result),
+        )
+        for result in results
+    ]
+    headings = (*EVALUATION_HEADINGS, *(("drift\ntokens",) if drift else ()), "error/\nbound")
+    return _grid(title, headings, results, rows)
+
+
+def _grid(
+    title: str, headings: Sequence[str], results: Sequence[SchemeResult], rows: Sequence[tuple[str, ...]]
+) -> Table:
+    """A line between families; a promise that was not kept is marked."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    grid.add_column("codec")
+    for heading in headings:
+        # In a narrow terminal the names wrap; the figures stay whole.
+        grid.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split("\n"))))
+    family = None
+    for result, row in zip(results, rows, strict=True):
+        if family is not None and result.family != family:
+            grid.add_section()
+        family = result.family
+        grid.add_row(escape(result.name), *row, style=None if result.guarantee_kept else "bold red")
     return grid
 
 
@@ -192,6 +232,10 @@ def _row(result: SchemeResult) -> dict[str, Any]:
     row = asdict(result) | extra
     # JSON has no infinity: a value that is not finite is written as its name.
     return {key: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def _kl_cell(nats: float) -> str:
+    return "0" if nats == 0 else f"{nats:.5f}"
 
 
 def _error_cell(result: SchemeResult) -> str:

@@ -87,19 +87,21 @@ class CodecScheme:
 
 @dataclass(frozen=True)
 class SigmaBounded:
-    """Chooses, per tensor, bounded `fixed` mode at `sigmas` standard deviations of that tensor.
+    """Chooses, per tensor, bounded `mode` at `sigmas` standard deviations of that tensor.
 
     A tensor without spread or with values that are not finite has no such bound and is stored losslessly.
     """
 
     sigmas: float
     packing: Literal["ans", "bitpack"] = "ans"
+    mode: Literal["fixed", "plain", "outlier"] = "fixed"
+    grouping: Literal["token", "flat"] = "token"
 
     def __call__(self, layer_index: int, which: str, tensor: Tensor) -> kvferry.Bounded | kvferry.Lossless:
         bound = self.sigmas * float(tensor.float().std()) if tensor.numel() > 1 else 0.0
         if not (math.isfinite(bound) and bound > 0):
             return kvferry.Lossless(packing=self.packing)
-        return kvferry.Bounded(error_bound=bound, relative=False, packing=self.packing)
+        return kvferry.Bounded(bound, relative=False, mode=self.mode, grouping=self.grouping, packing=self.packing)
 
 
 def range_scheme(
