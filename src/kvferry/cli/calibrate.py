@@ -160,10 +160,9 @@ def _print(console: Console, profile: Profile, source: ModelSource, seconds: flo
     console.print(f"[bold]Target[/] {value} ({target['from']})", markup=True)
     for part, meaning in PARTS.items():
         protocol = certificate["protocol"]
-        title = (
-            f"On {meaning}: {protocol['windows']} x {protocol['prefix']} tokens restored, {protocol['score']} scored"
-        )
-        grid = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        restored = f"{protocol['windows']} x {protocol['prefix']} tokens restored, {protocol['score']} scored"
+        console.print(f"\nOn {meaning}: {restored}", markup=False)
+        grid = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         grid.add_column("codec")
         for heading in ("bits/value", "ratio", "KL (nats)", "perplex. change", "top-1 agree"):
             grid.add_column(heading, justify="right", no_wrap=True)
