@@ -135,6 +135,7 @@ def test_profiles_of_other_models_are_refused(source, profile):
         (model(), "weights"),
         (model(num_hidden_layers=3), "layers=4, this one has 3"),
         (model(num_key_value_heads=4), "heads=2, this one has 4"),
+        (model(head_dim=32), "head_dim=64, this one has 32"),
         (model(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), "RoPE"),
     ):
         with pytest.raises(kvferry.ProfileMismatch, match=message):

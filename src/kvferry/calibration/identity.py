@@ -54,8 +54,7 @@ def probe_cache(model: Any, token: int, rope: Rope | None = None) -> tuple[Cache
     A text of one token repeated gives a model with RoPE nothing to tell positions by, in any layer: un-rotated keys
     must be alike. Raises `ValueError` if they are not, or the configuration's RoPE depends on a request's length.
     """
-    device = next(model.parameters()).device
-    cache = prefill(model, torch.full((1, PROBE_TOKENS), token, dtype=torch.int64, device=device))
+    cache = _cache_of_one_token(model, token)
     shape = cache_shape(cache, PROBE_TOKENS)
     try:
         stated = rope or Rope.from_config(model.config.get_text_config())
@@ -64,7 +63,7 @@ def probe_cache(model: Any, token: int, rope: Rope | None = None) -> tuple[Cache
     if stated.head_dim != shape.head_dim:
         raise ValueError(f"the configuration states head_dim {stated.head_dim}, the cache has {shape.head_dim}")
     if stated.rotary_dim:
-        cos, sin = (part.to(device) for part in stated.table(torch.arange(PROBE_TOKENS)))
+        cos, sin = (part.to(cache.layers[0].keys.device) for part in stated.table(torch.arange(PROBE_TOKENS)))
         layers: list[Any] = cache.layers
         for index, layer in enumerate(layers):
             keys = layer.keys[0].float()
@@ -109,7 +108,7 @@ def check_model(profile: Profile, model: Any) -> None:
     The name is not compared: a model may be moved. A profile without a model's identity is compared by shape only.
     """
     token = model.config.get_text_config().vocab_size // 2
-    shape, _ = probe_cache(model, token, Rope.none(profile.head_dim))
+    shape = cache_shape(_cache_of_one_token(model, token), PROBE_TOKENS)
     rope = Rope.from_config(model.config.get_text_config()) if profile.rope.rotary_dim else None
     profile.check(layers=shape.layers, heads=shape.heads, head_dim=shape.head_dim, rope=rope)
     if not profile.model:
@@ -121,6 +120,12 @@ def check_model(profile: Profile, model: Any) -> None:
                 f"the profile is of {profile.model.get('name')!r}, with {key} {profile.model.get(key)}; this model has "
                 f"{own[key]}: calibrate this model (kvferry calibrate)"
             )
+
+
+def _cache_of_one_token(model: Any, token: int) -> Any:
+    """The cache of `PROBE_TOKENS` times the same."""
+    device = next(model.parameters()).device
+    return prefill(model, torch.full((1, PROBE_TOKENS), token, dtype=torch.int64, device=device))
 
 
 def _spread(keys: Tensor) -> float:
