@@ -95,8 +95,8 @@ def bounds_of_vectors(tensor: Tensor, back: Tensor, codec: Transform, error_boun
     n, root = part.n, math.sqrt(part.n)
     basis = part.basis.double() / 2**15
     deviation = float(torch.linalg.matrix_norm(basis @ basis.transpose(1, 2) - torch.eye(n), 2).max()) + 2**-19
-    step = part.step * root * (0.5 * error_bound + 2**-12) * (1 + deviation + 2**-15 * root) * (1 + 2**-16)
-    relative = (deviation + 2**-11 + 2**-14 * root) * (1 + deviation) + 2**-18
+    step = part.step * root * (0.5 * error_bound + 2**-14) * (1 + deviation + 2**-15 * root) * (1 + 2**-16)
+    relative = (deviation + 2**-11 + (2**-14 + 2**-20) * root) * (1 + deviation) + 2**-18
     rope = profile.rope if codec.side == "k" else Rope.none(profile.head_dim)
     turned = turned_back(tensor, rope, codec.first_position)
     from_mean = group_vectors(turned, profile.group_heads) - part.mean.double()[:, None]

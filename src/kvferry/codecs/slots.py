@@ -317,8 +317,10 @@ def coded_channels(kv: PagedKV, codec: Codec) -> tuple[int, ...]:
     """Channels of each line that is coded: of the cache's, and behind them, of `Transform`, those that mark blocks."""
     if not isinstance(codec, Transform):
         return kv.channels
+    # As wide as the others, if most of their channels mark nothing: warps that code lines of one width share their code.
     marks = 2 * len(codec.profile.layers) * codec.profile.groups
-    return (*kv.channels, *(width for _, width in channel_segments(marks)))
+    width = kv.channels[0]
+    return (*kv.channels, *[width] * -(-marks // width))
 
 
 def _num_tiles(kv: PagedKV, codec: Codec, chunk_pages: int) -> int:
@@ -378,6 +380,10 @@ def _check_transform(kv: PagedKV, codec: Transform) -> None:
             f"the cache has {kv.num_lines} lines, of {sorted(set(kv.channels))} channels; the profile is of "
             f"{len(profile.layers)} layers with {profile.heads} heads of {profile.head_dim} each: use the model's own"
         )
+    each = len(kv.lines) // (2 * len(profile.layers))
+    strides = [line.stride()[:2] for line in kv.lines]
+    if any(len(set(strides[start : start + each])) > 1 for start in range(0, len(strides), each)):
+        raise ValueError("the heads of a layer are not laid out alike: Transform takes views of one tensor a layer")
     if kv.device.type == "cuda" and (profile.head_dim % 16 or profile.rope.rotary_dim % 16):
         raise ValueError(
             f"head_dim={profile.head_dim} and rotary_dim={profile.rope.rotary_dim}: on a GPU, Transform takes "

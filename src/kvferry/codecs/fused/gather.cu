@@ -214,6 +214,10 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
             if (k < rows.count) stage.small[ORIGINS_AT + lane * CPL + k] = (u32)gathered.origin[k];
         }
     }
+    // Half-precision values are multiples of 2**-24, so differences up to 0.5 are exact, and one that equals the bound is within it. That
+    // is common where values are in units of the step (transform coefficients).
+    constexpr bool HALVES = KVF_ITEM == 2 && KVF_EXPONENT == 5;
+    const float limit = HALVES && quantiser[0].bound <= 0.5f ? __uint_as_float(__float_as_uint(quantiser[0].bound) + 1) : quantiser[0].bound;
     u32 beyond = 0, least_key = FULL;  // beyond: above 255 where some code does not fit its byte
     // Four rows at a time, the next four on their way. Behind the last token its row is taken again, which does no harm but in sums.
 #pragma unroll 1
@@ -260,7 +264,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
                     if (CHANNEL_STEPS) row_missed |= !(fabsf(difference[k]) < quantiser[k].bound);
                     else worst = fmaxf(worst, fabsf(difference[k]));
                 }
-                if (!CHANNEL_STEPS) row_missed = !(worst < quantiser[0].bound);
+                if (!CHANNEL_STEPS) row_missed = !(worst < limit);
                 missed |= (u32)row_missed << i;
             }
             if (t0 + 4 > tokens) missed &= 15 >> (t0 + 4 - tokens);

@@ -18,9 +18,9 @@ constexpr int N = KVF_N, HEAD = KVF_HEAD, ROTARY = KVF_ROTARY, HALF = ROTARY / 2
 constexpr int DEPTH = (N + 31) / 32 * 32, STEPS = DEPTH / 32, TILES = N / 8;  // of the product: its inner size, steps of 32, columns by 8
 constexpr int TOKENS = 64, THREADS = 256, WARPS = THREADS / 32;
 // A row in shared memory: N values of 16 bits, then in their place DEPTH high and DEPTH low halves. 16 bytes more: no bank conflicts.
-constexpr int ROW_BYTES = 2 * DEPTH + 16, VALUES = DEPTH / 32;
+constexpr int ROW_BYTES = 2 * DEPTH + 16, PAIRS = (DEPTH + 63) / 64;
 constexpr u32 FULL = 0xffffffffu;
-constexpr float SMALLEST = 2.44140625e-4f, LARGEST = 65504.0f;
+constexpr float LARGEST = 65504.0f;
 constexpr float MARK = 30000.0f, MARKED_ABOVE = 15000.0f, EXACT_BOUND = 7.52316384526264e-37f;  // 2**-120
 constexpr float DTYPE_LARGEST = KVF_MANTISSA == 7 ? 3.3895313892515355e38f : 65504.0f;
 constexpr int GOOD = 0;
@@ -40,16 +40,6 @@ struct Job {
     int parts, groups, part_lines, num_lines, coded, mark_width;  // groups: of a layer's K, or V; coded: lines of coefficients and marks
 };
 
-__device__ __forceinline__ float to_float(u32 word) {
-#if KVF_MANTISSA == 7
-    return __uint_as_float(word << 16);
-#else
-    float f;
-    u16 h = (u16)word;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
-#endif
-}
 __device__ __forceinline__ u32 half_bits(float f) {
     u16 h;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
@@ -60,16 +50,6 @@ __device__ __forceinline__ float from_half(u32 word) {
     u16 h = (u16)word;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
     return f;
-}
-__device__ __forceinline__ u32 to_dtype(float f) {
-    f = fminf(fmaxf(f, -DTYPE_LARGEST), DTYPE_LARGEST);
-#if KVF_MANTISSA == 7
-    u16 h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return h;
-#else
-    return half_bits(f);
-#endif
 }
 __device__ __forceinline__ float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
 __device__ __forceinline__ bool finite(float f) { return fabsf(f) < __uint_as_float(0x7f800000u); }
@@ -89,6 +69,57 @@ KVF_MMA(multiply_low, "u8", "u8")
 struct Column {
     short line, channel;
 };
+
+constexpr int MOST_LINES = N / 16;
+
+__device__ __forceinline__ void store_pair(u64 address, u32 pair) {
+    if ((address & 3) == 0) {
+        asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(pair) : "memory");
+    } else {
+        asm volatile("st.global.u16 [%0], %1;" ::"l"(address), "h"((u16)pair) : "memory");
+        asm volatile("st.global.u16 [%0], %1;" ::"l"(address + 2), "h"((u16)(pair >> 16)) : "memory");
+    }
+}
+
+// high * 2**16 + middle * 2**8 + low over 2**8, rounded down: below 2**27 in magnitude, since rows of a basis have length 1. What exceeds
+// 32 bits on the way wraps and comes back.
+__device__ __forceinline__ float upper_sum(int high, int middle, int low) { return (float)(high * 256 + middle + (low >> 8)); }
+
+// Two coefficients as float16, the first in the low half; denormals and negative zeros become zeros.
+__device__ __forceinline__ u32 coefficient_pair(float first, float second) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    asm("fma.rn.ftz.f16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x3c003c00u), "r"(0u));
+    return pair;
+}
+__device__ __forceinline__ u32 value_pair(float first, float second) {
+    first = fminf(fmaxf(first, -DTYPE_LARGEST), DTYPE_LARGEST);
+    second = fminf(fmaxf(second, -DTYPE_LARGEST), DTYPE_LARGEST);
+    u32 pair;
+#if KVF_MANTISSA == 7
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+#endif
+    return pair;
+}
+// The two values of a word.
+__device__ __forceinline__ void split(u32 word, bool half, float &first, float &second) {
+    if (KVF_MANTISSA == 7 && !half) {
+        first = __uint_as_float(word << 16);
+        second = __uint_as_float(word & 0xffff0000u);
+    } else {
+        first = from_half(word & 0xffff);
+        second = from_half(word >> 16);
+    }
+}
+
+// Four 8 x 16 byte parts of the rows, as the fragments of mma.m16n8k32 have them.
+__device__ __forceinline__ void load_fragments(u32 (&a)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address));
+}
+
+constexpr u64 NOWHERE = ~0ull;
 
 // The first columns of pair p of column tiles: partners under RoPE where there is a rotation, else neighbours.
 __device__ __forceinline__ int first_tile(int p, bool turned) {
@@ -127,9 +158,12 @@ __device__ __noinline__ void copy_block(const Job &job, int part, int chunk, int
 extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_transform(Job given) {
     extern __shared__ uint4 shared[];
     __shared__ Job job;
-    __shared__ int row_page[TOKENS], row_in[TOKENS], row_exponent[TOKENS], bad;
+    // Of each row: where it lies from its line's start on, in the source and in the destination; NOWHERE if its page is missing.
+    __shared__ u64 row_from[TOKENS], row_to[TOKENS], line_from[MOST_LINES], line_to[MOST_LINES];
+    __shared__ int row_exponent[TOKENS], bad;
     __shared__ Column column[TILES];
     u8 *rows = (u8 *)shared;
+    const u32 rows_address = (u32)__cvta_generic_to_shared(rows);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     if (threadIdx.x == 0) {
         job = given;
@@ -153,9 +187,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         const i64 *marks = job.coded_lines + 3 * mark_line;
         __syncthreads();
         if (threadIdx.x < TOKENS) {
-            const int token = first_token + threadIdx.x, p = token / job.page_tokens;
-            row_in[threadIdx.x] = token - p * job.page_tokens;
-            row_page[threadIdx.x] = (int)threadIdx.x < tokens ? job.pages[(i64)chunk * job.chunk_pages + p] : -1;
+            const int token = first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;
+            const i64 *line = job.lines + 3 * part * job.part_lines, *coded = job.coded_lines + 3 * part * job.part_lines;
+            u64 there = NOWHERE, here = NOWHERE;
+            if ((int)threadIdx.x < tokens) {
+                const int page = job.pages[(i64)chunk * job.chunk_pages + p];
+                if (page >= 0) there = page * line[1] + r * (i64)(u32)line[2];
+                here = ((i64)chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2];
+            }
+            row_from[threadIdx.x] = KVF_INVERSE ? here : there;
+            row_to[threadIdx.x] = KVF_INVERSE ? there : here;
+        } else if ((int)threadIdx.x - TOKENS < 2 * job.part_lines) {
+            const int l = (threadIdx.x - TOKENS) / 2, coded = threadIdx.x & 1;
+            (coded == KVF_INVERSE ? line_from : line_to)[l] = (coded ? job.coded_lines : job.lines)[3 * (part * job.part_lines + l)];
         }
         if (threadIdx.x == 0) {
             bad = 0;
@@ -174,75 +218,128 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         }
 #endif
         // ---- rows, as they are
-        for (int l = 0, at = 0; l < job.part_lines; ++l) {
-            const i64 *line = (KVF_INVERSE ? job.coded_lines : job.lines) + 3 * (part * job.part_lines + l);
-            const int channels = (int)(line[2] >> 32), vectors = channels / 8;
-            const i64 page_bytes = line[1], token_bytes = (i64)(u32)line[2];
-            const bool aligned = ((line[0] | page_bytes | token_bytes) & 15) == 0;
-            for (int i = threadIdx.x; i < TOKENS * vectors; i += THREADS) {
-                const int t = i / vectors, c = 8 * (i - t * vectors);
-                uint4 v = {0, 0, 0, 0};
-                const int page = KVF_INVERSE ? chunk * job.chunk_pages + (first_token + t) / job.page_tokens : row_page[t];
-                if (t < tokens && page >= 0) {
-                    const u8 *p = (const u8 *)(line[0] + page * page_bytes + row_in[t] * token_bytes) + 2 * c;
-                    if (aligned) {
-                        v = __ldg((const uint4 *)p);
-                    } else {
-                        const u16 *q = (const u16 *)p;
-                        v = {q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16, q[4] | (u32)q[5] << 16, q[6] | (u32)q[7] << 16};
-                    }
+        constexpr int VECTORS = N / 8, BATCH = 4;
+#pragma unroll 1
+        for (int first = threadIdx.x; first < TOKENS * VECTORS; first += BATCH * THREADS) {
+            uint4 v[BATCH];
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                const int i = first + b * THREADS, t = i / VECTORS, c = i % VECTORS;
+                v[b] = {0, 0, 0, 0};
+                if ((TOKENS * VECTORS) % (BATCH * THREADS) != 0 && i >= TOKENS * VECTORS) continue;
+                if (row_from[t] == NOWHERE) continue;
+                const Column place = column[c];
+                const u64 address = line_from[place.line] + row_from[t] + 2 * place.channel;
+                if ((address & 15) == 0) {
+                    v[b] = __ldg((const uint4 *)address);
+                } else {
+                    const u16 *q = (const u16 *)address;
+                    v[b] = {q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16, q[4] | (u32)q[5] << 16, q[6] | (u32)q[7] << 16};
                 }
-                *(uint4 *)(rows + t * ROW_BYTES + 2 * (at + c)) = v;
             }
-            at += channels;
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                const int i = first + b * THREADS;
+                if ((TOKENS * VECTORS) % (BATCH * THREADS) != 0 && i >= TOKENS * VECTORS) continue;
+                *(uint4 *)(rows + i / VECTORS * ROW_BYTES + i % VECTORS * 16) = v[b];
+            }
         }
         __syncthreads();
-        // ---- rows to integers, a warp a row
+        // ---- rows to integers, a warp a row; a lane has pairs of neighbouring channels
+        // Partners under RoPE are a whole number of lanes apart: in the same lane.
+        constexpr bool ALIGNED = !KVF_INTERLEAVED && ROTARY > 0 && HALF % 64 == 0 && HEAD % 64 == 0;
+        constexpr int APART = HALF / 64, EACH = HEAD / 64;  // pairs a lane has: between partners, and of a head
+        const int chunk_position = job.positions[chunk] + first_token;
+#if !KVF_INVERSE
+        float2 mean[PAIRS];
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            const int c = 2 * lane + 64 * i;
+            mean[i] = N % 64 && c >= N ? float2{0.0f, 0.0f} : __ldg((const float2 *)(job.mean + part * N + c));
+        }
+#endif
+#pragma unroll(PAIRS <= 4 ? 2 : 1)
         for (int t = warp; t < TOKENS; t += WARPS) {
             u8 *row = rows + t * ROW_BYTES;
-            const u16 *words = (const u16 *)row;
-            float x[VALUES], most = 0.0f;
-            bool good = true;
-            const int position = min(max(job.positions[chunk] + first_token + t, 0), job.num_positions - 1);
+            float2 x[PAIRS];
+            float most = 0.0f;
+            u32 top = 0;  // the largest magnitude's bits: not finite if the exponent's are all set
 #pragma unroll
-            for (int i = 0; i < VALUES; ++i) {
-                const int c = lane + 32 * i;
-                x[i] = 0.0f;
-                if (N % 32 && c >= N) continue;
+            for (int i = 0; i < PAIRS; ++i) {
+                const int c = 2 * lane + 64 * i;
+                const u32 word = N % 64 && c >= N ? 0 : *(const u32 *)(row + 2 * c);
+                split(word, KVF_INVERSE, x[i].x, x[i].y);
 #if KVF_INVERSE
-                x[i] = from_half(words[c]);
-                if (!finite(x[i])) x[i] = 0.0f;
+                if (!finite(x[i].x)) x[i].x = 0.0f;
+                if (!finite(x[i].y)) x[i].y = 0.0f;
 #else
-                x[i] = to_float(words[c]);
-                good &= finite(x[i]);
-                if (ROTARY > 0 && turned) {
-                    const int in_head = c % HEAD;
-                    if (in_head < ROTARY) {
-                        const bool first = KVF_INTERLEAVED ? !(in_head & 1) : in_head < HALF;
-                        const int step = KVF_INTERLEAVED ? 1 : HALF;
-                        const float other = to_float(words[first ? c + step : c - step]);
-                        const float2 angle = job.angles[(i64)position * HALF + (KVF_INTERLEAVED ? in_head / 2 : in_head % HALF)];
-                        const float along = __fmul_rn(x[i], angle.x), across = __fmul_rn(other, angle.y);
-                        x[i] = first ? __fadd_rn(along, across) : __fsub_rn(along, across);
+                top = max(top, max(word & 0x7fff, word >> 16 & 0x7fff));
+#endif
+            }
+#if !KVF_INVERSE
+            if (ROTARY > 0 && turned) {
+                const float2 *angles = job.angles + (i64)min(max(chunk_position + t, 0), job.num_positions - 1) * HALF;
+                if constexpr (ALIGNED) {
+                    float4 angle[APART ? APART : 1];
+#pragma unroll
+                    for (int i = 0; i < APART; ++i) angle[i] = __ldg((const float4 *)(angles + 2 * lane + 64 * i));
+#pragma unroll
+                    for (int i = 0; i < PAIRS; ++i) {
+                        if (i % EACH >= APART) continue;
+                        const float4 a = angle[i % EACH];
+                        const float2 first = x[i], second = x[i + APART];
+                        x[i].x = __fadd_rn(__fmul_rn(first.x, a.x), __fmul_rn(second.x, a.y));
+                        x[i].y = __fadd_rn(__fmul_rn(first.y, a.z), __fmul_rn(second.y, a.w));
+                        x[i + APART].x = __fsub_rn(__fmul_rn(second.x, a.x), __fmul_rn(first.x, a.y));
+                        x[i + APART].y = __fsub_rn(__fmul_rn(second.y, a.z), __fmul_rn(first.y, a.w));
+                    }
+                } else {
+#pragma unroll
+                    for (int i = 0; i < PAIRS; ++i) {
+                        const int c = 2 * lane + 64 * i, in_head = c % HEAD;
+                        if ((N % 64 && c >= N) || in_head >= ROTARY) continue;
+                        if constexpr (KVF_INTERLEAVED) {
+                            const float2 a = __ldg(angles + in_head / 2), pair = x[i];
+                            x[i].x = __fadd_rn(__fmul_rn(pair.x, a.x), __fmul_rn(pair.y, a.y));
+                            x[i].y = __fsub_rn(__fmul_rn(pair.y, a.x), __fmul_rn(pair.x, a.y));
+                        } else {
+                            const bool first = in_head < HALF;
+                            float2 other;
+                            split(*(const u32 *)(row + 2 * (first ? c + HALF : c - HALF)), false, other.x, other.y);
+                            const float4 a = __ldg((const float4 *)(angles + (first ? in_head : in_head - HALF)));
+                            const float2 along = {__fmul_rn(x[i].x, a.x), __fmul_rn(x[i].y, a.z)};
+                            const float2 across = {__fmul_rn(other.x, a.y), __fmul_rn(other.y, a.w)};
+                            x[i].x = first ? __fadd_rn(along.x, across.x) : __fsub_rn(along.x, across.x);
+                            x[i].y = first ? __fadd_rn(along.y, across.y) : __fsub_rn(along.y, across.y);
+                        }
                     }
                 }
-                x[i] = __fsub_rn(x[i], job.mean[part * N + c]);
-                good &= finite(x[i]);
-#endif
-                most = fmaxf(most, fabsf(x[i]));
             }
-            good = __all_sync(FULL, good);
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) {
+                x[i].x = __fsub_rn(x[i].x, mean[i].x);
+                x[i].y = __fsub_rn(x[i].y, mean[i].y);
+            }
+#endif
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) most = fmaxf(most, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
+            constexpr u32 NOT_FINITE = KVF_MANTISSA == 7 ? 0x7f80 : 0x7c00;
+            const bool good = __all_sync(FULL, top < NOT_FINITE && finite(most));
             most = __uint_as_float(__reduce_max_sync(FULL, __float_as_uint(good ? most : 0.0f)));
-            // frexp's exponent, kept to where all powers of two are normal numbers.
-            const int exponent = min(max((int)(__float_as_uint(most) >> 23) - 126, -60), 128);
-            const float scale = power_of_two(15 - exponent);
+            // frexp's exponent, kept to where all powers of two are normal numbers; one more where rounding would take 17 bits.
+            int exponent = min(max((int)(__float_as_uint(most) >> 23) - 126, -60), 128);
+            exponent += __fmul_rn(most, power_of_two(15 - exponent)) >= 32767.5f;
+            const float scale = good ? power_of_two(15 - exponent) : 0.0f;
             __syncwarp();
 #pragma unroll
-            for (int i = 0; i < VALUES; ++i) {
-                const int c = lane + 32 * i;
-                const int whole = good ? min(max(__float2int_rn(__fmul_rn(x[i], scale)), -32767), 32767) : 0;
-                row[c] = (u8)(whole >> 8);
-                row[DEPTH + c] = (u8)whole;
+            for (int i = 0; i < PAIRS; ++i) {
+                const int c = 2 * lane + 64 * i;
+                // 1.5 * 2**23: adding it leaves the rounded integer in the low bits.
+                const u32 first = __float_as_uint(__fmul_rn(good ? x[i].x : 0.0f, scale) + 12582912.0f);
+                const u32 second = __float_as_uint(__fmul_rn(good ? x[i].y : 0.0f, scale) + 12582912.0f);
+                if (DEPTH % 64 && c >= DEPTH) continue;
+                *(u16 *)(row + c) = (u16)__byte_perm(first, second, 0x0051);
+                *(u16 *)(row + DEPTH + c) = (u16)__byte_perm(first, second, 0x0040);
             }
             if (lane == 0) {
                 row_exponent[t] = exponent;
@@ -252,115 +349,109 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         __syncthreads();
         // ---- the product: a warp has 32 rows, and every fourth pair of column tiles
         const int base = 32 * (warp & 1), row_of = lane >> 2, column_of = lane & 3;
-        const uint4 *basis = job.basis + (i64)part * TILES * STEPS * 32;
+        const u32 fragments = rows_address + (base + (lane & 15)) * ROW_BYTES + 16 * (lane >> 4);
+        const uint4 *basis = job.basis + (i64)part * TILES * STEPS * 32 + lane;
         const float scale = job.scale[part];
+        float largest = 0.0f;
+#pragma unroll 1
         for (int p = warp >> 1; p < TILES / 2; p += WARPS / 2) {
             const int tile[2] = {first_tile(p, turned), second_tile(p, first_tile(p, turned), turned)};
+            const uint4 *operand[2] = {basis + tile[0] * STEPS * 32, basis + tile[1] * STEPS * 32};
             int high[2][2][4] = {}, middle[2][2][4] = {}, low[2][2][4] = {};
+            uint4 next[2] = {__ldg(operand[0]), __ldg(operand[1])};
 #pragma unroll 2
             for (int k = 0; k < STEPS; ++k) {
-                uint4 b[2];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) b[j] = __ldg(basis + ((i64)tile[j] * STEPS + k) * 32 + lane);
+                const uint4 b[2] = {next[0], next[1]};
+                if (k + 1 < STEPS) {
+                    next[0] = __ldg(operand[0] + 32 * (k + 1));
+                    next[1] = __ldg(operand[1] + 32 * (k + 1));
+                }
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     u32 upper[4], lower[4];
-#pragma unroll
-                    for (int q = 0; q < 4; ++q) {
-                        const u8 *at = rows + (base + 16 * m + row_of + 8 * (q & 1)) * ROW_BYTES + 32 * k + 4 * column_of + 16 * (q >> 1);
-                        upper[q] = *(const u32 *)at;
-                        lower[q] = *(const u32 *)(at + DEPTH);
-                    }
+                    load_fragments(upper, fragments + 16 * m * ROW_BYTES + 32 * k);
+                    load_fragments(lower, fragments + 16 * m * ROW_BYTES + 32 * k + DEPTH);
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         multiply_high(high[m][j], upper, b[j].x, b[j].y);
                         multiply_high_low(middle[m][j], upper, b[j].z, b[j].w);
-                        multiply_low_high(middle[m][j], lower, b[j].x, b[j].y);
                         multiply_low(low[m][j], lower, b[j].z, b[j].w);
+                        multiply_low_high(middle[m][j], lower, b[j].x, b[j].y);
                     }
                 }
             }
+            u64 start[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) start[j] = line_to[column[tile[j]].line] + 2 * (column[tile[j]].channel + 2 * column_of);
+#if KVF_INVERSE
+            float2 mean[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) mean[j] = __ldg((const float2 *)(job.mean + part * N + 8 * tile[j] + 2 * column_of));
+#endif
 #pragma unroll
             for (int m = 0; m < 2; ++m)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {  // the fragment's two rows
                     const int t = base + 16 * m + row_of + 8 * h;
-                    if (t >= tokens) continue;
-                    const float back = power_of_two(row_exponent[t] - 30);
-                    float y[2][2];
+                    const u64 there = row_to[t];
+                    if (there == NOWHERE) continue;
+                    const float factor = __fmul_rn(power_of_two(row_exponent[t] - 22), scale);  // exact
+                    float2 y[2];
 #pragma unroll
-                    for (int j = 0; j < 2; ++j)
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            const int q = 2 * h + i;
-                            const i64 sum = ((i64)high[m][j][q] << 16) + ((i64)middle[m][j][q] << 8) + low[m][j][q];
-                            y[j][i] = __fmul_rn(__fmul_rn(__ll2float_rn(sum), back), scale);
-                        }
+                    for (int j = 0; j < 2; ++j) {
+                        y[j].x = __fmul_rn(upper_sum(high[m][j][2 * h], middle[m][j][2 * h], low[m][j][2 * h]), factor);
+                        y[j].y = __fmul_rn(upper_sum(high[m][j][2 * h + 1], middle[m][j][2 * h + 1], low[m][j][2 * h + 1]), factor);
 #if KVF_INVERSE
-#pragma unroll
-                    for (int j = 0; j < 2; ++j)
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) y[j][i] = __fadd_rn(y[j][i], job.mean[part * N + 8 * tile[j] + 2 * column_of + i]);
+                        y[j].x = __fadd_rn(y[j].x, mean[j].x);
+                        y[j].y = __fadd_rn(y[j].y, mean[j].y);
+#endif
+                    }
+#if KVF_INVERSE
                     if (ROTARY > 0 && turned) {
-                        const int position = min(max(job.positions[chunk] + first_token + t, 0), job.num_positions - 1);
-                        const float2 *angles = job.angles + (i64)position * HALF;
+                        const float2 *angles = job.angles + (i64)min(max(chunk_position + t, 0), job.num_positions - 1) * HALF;
 #if KVF_INTERLEAVED
 #pragma unroll
                         for (int j = 0; j < 2; ++j) {
                             const int in_head = (8 * tile[j] + 2 * column_of) % HEAD;
                             if (in_head >= ROTARY) continue;
-                            const float2 angle = angles[in_head / 2];
-                            const float first = y[j][0], second = y[j][1];
-                            y[j][0] = __fsub_rn(__fmul_rn(first, angle.x), __fmul_rn(second, angle.y));
-                            y[j][1] = __fadd_rn(__fmul_rn(second, angle.x), __fmul_rn(first, angle.y));
+                            const float2 a = __ldg(angles + in_head / 2), pair = y[j];
+                            y[j].x = __fsub_rn(__fmul_rn(pair.x, a.x), __fmul_rn(pair.y, a.y));
+                            y[j].y = __fadd_rn(__fmul_rn(pair.y, a.x), __fmul_rn(pair.x, a.y));
                         }
 #else
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            const int in_head = (8 * tile[0] + 2 * column_of + i) % HEAD;
-                            if (in_head >= HALF) continue;
-                            const float2 angle = angles[in_head];
-                            const float first = y[0][i], second = y[1][i];
-                            y[0][i] = __fsub_rn(__fmul_rn(first, angle.x), __fmul_rn(second, angle.y));
-                            y[1][i] = __fadd_rn(__fmul_rn(second, angle.x), __fmul_rn(first, angle.y));
+                        const int in_head = (8 * tile[0] + 2 * column_of) % HEAD;
+                        if (in_head < HALF) {
+                            const float4 a = __ldg((const float4 *)(angles + in_head));
+                            const float2 first = y[0], second = y[1];
+                            y[0].x = __fsub_rn(__fmul_rn(first.x, a.x), __fmul_rn(second.x, a.y));
+                            y[0].y = __fsub_rn(__fmul_rn(first.y, a.z), __fmul_rn(second.y, a.w));
+                            y[1].x = __fadd_rn(__fmul_rn(second.x, a.x), __fmul_rn(first.x, a.y));
+                            y[1].y = __fadd_rn(__fmul_rn(second.y, a.z), __fmul_rn(first.y, a.w));
                         }
 #endif
                     }
-                    const int page = row_page[t];
-                    if (page < 0) continue;
-#else
-                    const i64 page = (i64)chunk * job.chunk_pages + (first_token + t) / job.page_tokens;
 #endif
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        const Column place = column[tile[j]];
-                        const i64 *line = (KVF_INVERSE ? job.lines : job.coded_lines) + 3 * (part * job.part_lines + place.line);
-                        u8 *out = (u8 *)(line[0] + page * line[1] + row_in[t] * (i64)(u32)line[2]) + 2 * (place.channel + 2 * column_of);
-                        u32 word[2];
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
 #if KVF_INVERSE
-                            word[i] = to_dtype(y[j][i]);
+                        store_pair(start[j] + there, value_pair(y[j].x, y[j].y));
 #else
-                            const float size = fabsf(y[j][i]);
-                            if (!(size <= LARGEST)) bad = 1;
-                            word[i] = size < SMALLEST ? 0 : half_bits(y[j][i]);
+                        largest = fmaxf(largest, fmaxf(fabsf(y[j].x), fabsf(y[j].y)));
+                        store_pair(start[j] + there, coefficient_pair(y[j].x, y[j].y));
 #endif
-                        }
-                        if (((u64)out & 3) == 0) *(u32 *)out = word[0] | word[1] << 16;
-                        else ((u16 *)out)[0] = (u16)word[0], ((u16 *)out)[1] = (u16)word[1];
                     }
                 }
         }
 #if !KVF_INVERSE
+        if (!(largest <= LARGEST)) bad = 1;
         __syncthreads();
         if (bad) copy_block(job, part, chunk, first_token, tokens, false);
         float *bounds = job.bounds + ((i64)chunk * blocks + block) * job.coded;
         if ((int)threadIdx.x < job.part_lines) bounds[part * job.part_lines + threadIdx.x] = bad ? EXACT_BOUND : job.bound;
         if (threadIdx.x == 0) bounds[mark_line] = job.bound;
-        for (int t = threadIdx.x; t < tokens; t += THREADS) {
-            const i64 page = (i64)chunk * job.chunk_pages + (first_token + t) / job.page_tokens;
-            u16 *mark = (u16 *)(marks[0] + page * marks[1] + row_in[t] * (i64)(u32)marks[2]);
+        if ((int)threadIdx.x < tokens) {
+            const int token = first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;
+            u16 *mark = (u16 *)(marks[0] + ((i64)chunk * job.chunk_pages + p) * marks[1] + r * (i64)(u32)marks[2]);
             mark[part % job.mark_width] = (u16)half_bits(bad ? MARK : 0.0f);
         }
 #endif

@@ -269,7 +269,7 @@ def l2_bound(part: SideProfile, error_bound: float) -> float:
 
 def relative_error(part: SideProfile) -> float:
     """Largest Euclidean error of a group's vector that the arithmetic makes, over its distance from the mean."""
-    return (part.deviation + 2.0**-11 + math.sqrt(part.n) * 2.0**-14) * (1 + part.deviation) + 2.0**-18
+    return (part.deviation + 2.0**-11 + math.sqrt(part.n) * (2.0**-14 + 2.0**-20)) * (1 + part.deviation) + 2.0**-18
 
 
 def _pointwise_bound(

@@ -12,10 +12,12 @@ from torch import Tensor
 from kvferry.codecs.transform.profile import BASIS_BITS, Profile, SideProfile
 from kvferry.codecs.transform.rope import Rope
 
+DROPPED_BITS = 8
+"""Of a product's sum, which has 30 behind the point: what is left fits 32-bit integers."""
 ROW_BITS = 15
 """A row is scaled by a power of two such that its largest value takes so many bits."""
-SMALLEST = 2.0**-12
-"""Coefficients below are zero: denormals, which the coder would have to store in full, begin at 2**-14."""
+SMALLEST = 2.0**-14
+"""Coefficients below are zero: denormals of float16, which the coder would have to store in full."""
 LARGEST = 65504.0
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -60, 128
 
@@ -53,20 +55,21 @@ class Angles:
 
 
 def row_exponent(rows: Tensor) -> Tensor:
-    """int32 `[..., 1]`: the smallest power of two above all values of a row, at least -60."""
-    exponent = torch.frexp(rows.abs().amax(-1, keepdim=True)).exponent
-    return exponent.clamp(_SMALLEST_EXPONENT, _LARGEST_EXPONENT)
+    """int32 `[..., 1]`: the power of two under which a row's values, times 2**15 and rounded, take 16 bits with their
+    sign; at least -60."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(largest).exponent.clamp(_SMALLEST_EXPONENT, _LARGEST_EXPONENT)
+    return exponent + (largest * power_of_two(ROW_BITS - exponent) >= (1 << ROW_BITS) - 0.5)
 
 
 def scaled_product(rows: Tensor, matrix: Tensor) -> Tensor:
     """`rows @ matrix / 2**15`, float32 `[G, R, n]`, of float32 `rows` `[G, R, n]` (finite) and integers `matrix`
-    float64 `[G, n, n]`: each row is rounded to 16-bit integers under a power of two of its own, multiplied exactly
-    (sums stay below 2**53), and rounded once to float32."""
+    float64 `[G, n, n]`: each row is rounded to 16-bit integers under a power of two of its own and multiplied exactly
+    (sums stay below 2**53); their lowest 8 bits are dropped, and what is left is rounded once to float32."""
     exponent = row_exponent(rows)
-    most = (1 << ROW_BITS) - 1
-    whole = (rows * power_of_two(ROW_BITS - exponent)).round().clamp(-most, most)
-    product = (whole.double() @ matrix).float()
-    return product * power_of_two(exponent - ROW_BITS - BASIS_BITS)
+    whole = (rows * power_of_two(ROW_BITS - exponent)).round()
+    product = ((whole.double() @ matrix) / (1 << DROPPED_BITS)).floor().float()
+    return product * power_of_two(exponent - ROW_BITS - BASIS_BITS + DROPPED_BITS)
 
 
 def forward(values: Tensor, matrices: Matrices, angles: Angles | None) -> tuple[Tensor, Tensor]:
@@ -82,8 +85,8 @@ def forward(values: Tensor, matrices: Matrices, angles: Angles | None) -> tuple[
     bad = ~group_rows(finite, matrices).all(-1) | ~rows.isfinite().all(-1)
     units = scaled_product(torch.where(bad[..., None], 0.0, rows), matrices.basis) * matrices.inverse_step
     bad |= (units.abs() > LARGEST).any(-1)
-    small = (units.abs() < SMALLEST) | bad[..., None]
-    coefficients = torch.where(small, 0.0, units).to(torch.float16)
+    coefficients = torch.where(bad[..., None], 0.0, units).to(torch.float16)
+    coefficients = torch.where(coefficients.abs() < SMALLEST, 0.0, coefficients)
     return ungroup_rows(coefficients, values.shape[-1]), bad
 
 
