@@ -24,7 +24,7 @@ def open_transfers(
         first_bite_bytes=chunk_bytes,
         bite_bytes=4 * chunk_bytes,
         growth=2,
-        table_bytes=rows * 4 * (CHUNK_PAGES + 8),
+        table_bytes=rows * 4 * (CHUNK_PAGES + 9),
         **options,
     )
     return Transfers(codec, scene.slots, settings=settings, machine=machine), codec

@@ -69,13 +69,14 @@ class Job:
         pages: np.ndarray,
         slots: np.ndarray,
         identities: np.ndarray,
+        positions: np.ndarray | None = None,
     ) -> None:
         self.id = job_id
         self.direction: Direction = direction
         self.num_chunks = len(slots)
         # What follows is the lane's, under its lock.
         self.lane = lane
-        self.pages, self.slots, self.identities = pages, slots, identities
+        self.pages, self.slots, self.identities, self.positions = pages, slots, identities, positions
         self.after: Any = None  # event
         self.launched = 0  # chunks given to the device, or dropped
         self.parts_in_flight = 0

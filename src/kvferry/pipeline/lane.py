@@ -152,8 +152,8 @@ class Lane(ABC):
         memory = self._staging.slots if self._staging is not None else self._scratch_slot()
         rows = self._table.take(count)
         with self._lock, self._machine.use(self._coder):
-            self._table.send(rows, pages, index, np.zeros((count, 2), dtype=np.uint64), self._coder)
-            self._code(self._table.arguments(rows, 0, count), memory)
+            self._table.send(rows, pages, index, np.zeros((count, 2), dtype=np.uint64), None, self._coder)
+            self._code(self._table.arguments(rows, 0, count, positions=False), memory)
         self._machine.settle()
         self._table.free_oldest()
 

@@ -40,7 +40,12 @@ class _Path(Lane):
 
     def _send_table(self, part: Part, places: np.ndarray, stream: Stream) -> None:
         job, chunks = part.job, slice(part.first, part.stop)
-        self._table.send(part.rows, job.pages[chunks], places, job.identities[chunks], stream)
+        positions = None if job.positions is None else job.positions[chunks]
+        self._table.send(part.rows, job.pages[chunks], places, job.identities[chunks], positions, stream)
+
+    def _told(self, part: Part, bite: Bite) -> ChunkArguments:
+        """What the coder is told of a bite."""
+        return self._table.arguments(part.rows, bite.first, bite.stop, positions=part.job.positions is not None)
 
     def _slots_of(self, part: Part) -> np.ndarray:
         return part.job.slots[part.first : part.stop]
@@ -104,14 +109,14 @@ class StoreLane(_Path):
         self._coder.wait_event(part.job.after)
 
     def _encode(self, part: Part, bite: Bite, slots: Tensor) -> None:
-        told = self._table.arguments(part.rows, bite.first, bite.stop)
+        told = self._told(part, bite)
         with nvtx_range("kvferry.store.encode"):
             begin = self._begin(self._coder)
             self._code(told, slots)
             self._lap(part, "encode", begin, self._coder)
 
     def _code(self, told: ChunkArguments, slots: Tensor) -> None:
-        self._codec.encode(told.page_table, slots, told.slot_index, told.identities)
+        self._codec.encode(told.page_table, slots, told.slot_index, told.identities, told.positions)
 
     def _statuses(self, part: Part, records: np.ndarray) -> np.ndarray:
         identities = part.job.identities[part.first : part.stop]
@@ -177,14 +182,14 @@ class LoadLane(_Path):
         self._coder.wait_event(copied)
 
     def _decode(self, part: Part, bite: Bite, slots: Tensor) -> None:
-        told = self._table.arguments(part.rows, bite.first, bite.stop)
+        told = self._told(part, bite)
         with nvtx_range("kvferry.load.decode"):
             begin = self._begin(self._coder)
             self._code(told, slots)
             self._lap(part, "decode", begin, self._coder)
 
     def _code(self, told: ChunkArguments, slots: Tensor) -> None:
-        self._codec.decode(slots, told.slot_index, told.page_table, told.identities, told.status)
+        self._codec.decode(slots, told.slot_index, told.page_table, told.identities, told.status, told.positions)
 
     def _statuses(self, part: Part, records: np.ndarray) -> np.ndarray:
         return self._table.statuses(part.rows)

@@ -39,4 +39,4 @@ class Settings:
 
     def table_rows(self, chunk_pages: int) -> int:
         """Chunks whose page tables fit into `table_bytes`; at least 16."""
-        return max(16, self.table_bytes // (_WORD * (chunk_pages + 8)))
+        return max(16, self.table_bytes // (_WORD * (chunk_pages + 9)))

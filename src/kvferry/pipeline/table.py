@@ -1,5 +1,5 @@
-"""What coders are told of a job's chunks, on its way to the device: page table, slot indices, identities; and the
-statuses on their way back."""
+"""What coders are told of a job's chunks, on its way to the device: page table, slot indices, identities, positions;
+and the statuses on their way back."""
 
 from dataclasses import dataclass
 
@@ -25,12 +25,13 @@ class Rows:
 @dataclass(frozen=True)
 class ChunkArguments:
     """Of some chunks, on the device: what `SlotCodec.encode` and `decode` take. `page_table` int32 `[chunks,
-    chunk_pages]`, `slot_index` int32 `[chunks]`, `identities` int64 `[chunks, 2]`; `status` int32 `[chunks]`, empty
-    without statuses."""
+    chunk_pages]`, `slot_index` int32 `[chunks]`, `identities` int64 `[chunks, 2]`, `positions` int32 `[chunks]` or
+    None; `status` int32 `[chunks]`, empty without statuses."""
 
     page_table: Tensor
     slot_index: Tensor
     identities: Tensor
+    positions: Tensor | None
     status: Tensor
 
 
@@ -38,13 +39,13 @@ class ChunkTable:
     """A ring of rows, once pinned in host memory and once on the device, allocated once; with or without `statuses`.
 
     Rows that are taken together lie one behind another: their identities, then their page table, then their slot
-    indices, so that one copy moves them all.
+    indices, then their positions where there are any, so that one copy moves them all.
     """
 
     def __init__(self, machine: Machine, num_rows: int, chunk_pages: int, *, statuses: bool) -> None:
         self.chunk_pages = chunk_pages
-        # In words: identity, pages, slot.
-        self._row_words = -(-(4 + chunk_pages + 1) // _ALIGN_WORDS) * _ALIGN_WORDS
+        # In words: identity, pages, slot, position.
+        self._row_words = -(-(4 + chunk_pages + 2) // _ALIGN_WORDS) * _ALIGN_WORDS
         self._machine = machine
         self._ring = Ring(num_rows)
         num_bytes = num_rows * self._row_words * _WORD
@@ -74,20 +75,31 @@ class ChunkTable:
         """Give back the rows taken first; no copy or coder uses them any more."""
         self._ring.free_oldest()
 
-    def send(self, rows: Rows, pages: np.ndarray, slots: np.ndarray, identities: np.ndarray, stream: Stream) -> None:
-        """Write `pages` int32 `[count, chunk_pages]`, `slots` int32 `[count]` and `identities` uint64 `[count, 2]` and
-        queue their copy."""
+    def send(
+        self,
+        rows: Rows,
+        pages: np.ndarray,
+        slots: np.ndarray,
+        identities: np.ndarray,
+        positions: np.ndarray | None,
+        stream: Stream,
+    ) -> None:
+        """Write `pages` int32 `[count, chunk_pages]`, `slots` int32 `[count]`, `identities` uint64 `[count, 2]` and, if
+        there are any, `positions` int32 `[count]`, and queue their copy."""
         begin, pages_at, slots_at, end = self._places(rows)
         words = self._host_words
         words[begin:pages_at] = identities.reshape(-1).view(np.int32)
         words[pages_at:slots_at] = pages.reshape(-1)
         words[slots_at:end] = slots
+        if positions is not None:
+            words[end : end + rows.count] = positions
+            end += rows.count
         part = slice(begin * _WORD, end * _WORD)
         self._machine.copy(self._device[part], self._host[part], stream)
 
-    def arguments(self, rows: Rows, first: int, stop: int) -> ChunkArguments:
-        """What coders are told of the rows `first` to `stop` of `rows`."""
-        begin, pages_at, slots_at, _ = self._places(rows)
+    def arguments(self, rows: Rows, first: int, stop: int, *, positions: bool) -> ChunkArguments:
+        """What coders are told of the rows `first` to `stop` of `rows`; `positions`: whether they were sent any."""
+        begin, pages_at, slots_at, end = self._places(rows)
         count, width = stop - first, self.chunk_pages
         status = self._device_status
         if self._has_statuses:
@@ -97,6 +109,7 @@ class ChunkTable:
             self._device_words.as_strided((count, width), (width, 1), pages_at + first * width),
             self._device_words.as_strided((count,), (1,), slots_at + first),
             self._device_pairs.as_strided((count, 2), (2, 1), begin // 2 + 2 * first),
+            self._device_words.as_strided((count,), (1,), end + first) if positions else None,
             status,
         )
 
@@ -110,7 +123,8 @@ class ChunkTable:
         return self._host_status.numpy()[rows.first : rows.first + rows.count]
 
     def _places(self, rows: Rows) -> tuple[int, int, int, int]:
-        """In words: where the identities, the page table and the slots begin, and where they end."""
+        """In words: where the identities, the page table and the slots begin, and where they end, and positions
+        begin."""
         begin = rows.first * self._row_words
         pages_at = begin + 4 * rows.count
         slots_at = pages_at + self.chunk_pages * rows.count

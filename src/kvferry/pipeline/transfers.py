@@ -80,22 +80,36 @@ class Transfers:
         self._closed = False
 
     def store(
-        self, pages: Integers, slots: Integers, identities: Integers, *, after: torch.cuda.Stream | None = None
+        self,
+        pages: Integers,
+        slots: Integers,
+        identities: Integers,
+        positions: Integers | None = None,
+        *,
+        after: torch.cuda.Stream | None = None,
     ) -> Job:
         """Encode chunk i, the pages `pages[i]` (zeros where that is -1), into slot `slots[i]`.
 
         `pages` int `[chunks, chunk_pages]`, `slots` int `[chunks]`, each slot once, `identities` uint64 `[chunks, 2]`:
-        what names the chunk, and must be given again to load it. The arrays are copied. Raises `ValueError` for pages
-        or slots that do not exist, for shapes that do not agree, and after `close`.
+        what names the chunk, and must be given again to load it; so must `positions` int `[chunks]`, if given: where
+        each chunk's first token is in its sequence, for codecs that look at it (`Transform`; None: at 0). The arrays
+        are copied. Raises `ValueError` for pages, slots or positions that do not exist, for shapes that do not agree,
+        and after `close`.
         """
-        return self._submit(self._store_lane, "store", pages, slots, identities, after)
+        return self._submit(self._store_lane, "store", pages, slots, identities, positions, after)
 
     def load(
-        self, pages: Integers, slots: Integers, identities: Integers, *, after: torch.cuda.Stream | None = None
+        self,
+        pages: Integers,
+        slots: Integers,
+        identities: Integers,
+        positions: Integers | None = None,
+        *,
+        after: torch.cuda.Stream | None = None,
     ) -> Job:
         """Decode slot `slots[i]` into the pages `pages[i]`, leaving out pages that are -1. The stores that filled the
         slots must be over. Otherwise as `store`."""
-        return self._submit(self._load_lane, "load", pages, slots, identities, after)
+        return self._submit(self._load_lane, "load", pages, slots, identities, positions, after)
 
     def finished(self) -> list[Job]:
         """The jobs that are over and were not reported before: stores in order, then loads in order. Does not wait."""
@@ -127,10 +141,18 @@ class Transfers:
                 self.close()
 
     def _submit(
-        self, lane: Lane, direction: Direction, pages: Integers, slots: Integers, identities: Integers, after: Any
+        self,
+        lane: Lane,
+        direction: Direction,
+        pages: Integers,
+        slots: Integers,
+        identities: Integers,
+        positions: Integers | None,
+        after: Any,
     ) -> Job:
         table, index, names = self._checked(direction, pages, slots, identities)
-        job = Job(lane, next(self._ids), direction, table, index, names)
+        at = None if positions is None else _checked_positions(positions, len(index))
+        job = Job(lane, next(self._ids), direction, table, index, names, at)
         lane.submit(job, after if after is not None else self._machine.current_stream())
         return job
 
@@ -161,6 +183,18 @@ class Transfers:
             index.astype(np.int32),
             names.astype(np.uint64).reshape(chunks, 2),
         )
+
+
+def _checked_positions(positions: Integers, chunks: int) -> np.ndarray:
+    """A copy: int32 `[chunks]`."""
+    given = np.asarray(positions)
+    if given.shape != (chunks,):
+        raise ValueError(f"positions has the shape {given.shape}; for {chunks} slots pass ({chunks},)")
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"positions holds {given.dtype}; pass integers")
+    if given.size:
+        _check_range("positions", given, 0, 1 << 31)
+    return given.astype(np.int32)
 
 
 def _identity_dtype(identities: Integers) -> type[np.uint64] | None:
