@@ -317,7 +317,7 @@ def coded_channels(kv: PagedKV, codec: Codec) -> tuple[int, ...]:
     """Channels of each line that is coded: of the cache's, and behind them, of `Transform`, those that mark blocks."""
     if not isinstance(codec, Transform):
         return kv.channels
-    # As wide as the others, if most of their channels mark nothing: warps that code lines of one width share their code.
+    # As wide as the others, though most of their channels mark nothing: warps that code lines of one width share code.
     marks = 2 * len(codec.profile.layers) * codec.profile.groups
     width = kv.channels[0]
     return (*kv.channels, *[width] * -(-marks // width))
