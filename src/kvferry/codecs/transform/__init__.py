@@ -10,7 +10,9 @@ import math
 import struct
 import sys
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -57,8 +59,11 @@ class Transform(Codec):
     smaller than the raw values (a tensor without values has no ratio); the frame says which. `layer` (its index) and
     `side` ("k" or "v") say what is encoded; without them, this is a choice: called with `(layer, side, tensor)` it
     returns the codec for them, as `HostStore.put_cache` asks. `first_position`: of the first token, in every sequence
-    of a batch. `packing`: "ans" or "bitpack". Decoding needs the same profile: one that a `Transform` was made of in
-    this process, or `register`.
+    of a batch. `packing`: "ans" or "bitpack".
+
+    Decoding needs a profile of the same digest in this process: one that a `Transform` was made of, as long as that
+    profile is alive anywhere (in this codec, for one), or one that was given to `kvferry.register_profile`, which keeps
+    it. Frames that outlive both need `Profile.load` and `register_profile` again.
 
     Raises `ValueError` for parameters that are none of this, `ProfileMismatch` for a layer that the profile lacks.
     """
@@ -90,10 +95,18 @@ class Transform(Codec):
             one_of("side", self.side, SIDES)
             self.profile.side(self.layer, self.side)
         one_of("packing", self.packing, PACKERS)
-        register(self.profile)
+        _remember(self.profile)
 
     def __call__(self, layer_index: int, which: str, tensor: Tensor) -> "Transform":
-        """The codec for a layer's `which` ("k" or "v") `[batch, heads, tokens, head_dim]`."""
+        """The codec for a layer's `which` ("k" or "v") `[batch, heads, tokens, head_dim]`. Raises `ProfileMismatch` for
+        a layer that the profile lacks, `ValueError` if this is for another layer or side."""
+        if self.layer is not None:
+            if (layer_index, which) != (self.layer, self.side):
+                raise ValueError(
+                    f"this Transform is for layer {self.layer} {self.side}, not for layer {layer_index} {which}: leave "
+                    "out layer= and side= for a choice"
+                )
+            return self
         return replace(self, layer=layer_index, side=which)
 
     @property
@@ -222,7 +235,7 @@ class Transform(Codec):
         version, side, reserved, layer, first_position, digest = _unpack_params(frame.header.params)
         if version != _PARAMS_VERSION or side >= len(SIDES) or reserved:
             raise CorruptFrame(f"parameters of version {version}, side {side}: not what this version writes")
-        profile = _PROFILES.get(digest.hex())
+        profile = _known(digest.hex())
         if profile is None:
             raise ProfileMismatch(
                 f"the frame needs the profile {digest.hex()}: load it with kvferry.Profile.load(path) and "
@@ -248,12 +261,36 @@ class Transform(Codec):
             block.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(out.dtype).reshape(block.shape))
 
 
-_PROFILES: dict[str, Profile] = {}
+_PROFILES: dict[str, WeakSet[Profile]] = {}
+"""By digest, the live profiles that a `Transform` was made of: several may be the same to a decoder."""
+_KEPT: dict[str, Profile] = {}
+_LOCK = Lock()
 
 
 def register(profile: Profile) -> None:
-    """Let frames that were made with `profile` be decoded in this process."""
-    _PROFILES.setdefault(profile.digest, profile)
+    """Keep `profile`, and let frames that were made with it be decoded, for the rest of this process. Without this,
+    frames are decoded as long as a profile that a `Transform` was made of is alive. Raises `TypeError` for anything
+    but a profile."""
+    if not isinstance(profile, Profile):
+        raise TypeError(f"profile is a {type(profile).__name__}; load one with kvferry.Profile.load(path)")
+    _remember(profile)
+    with _LOCK:
+        _KEPT.setdefault(profile.digest, profile)
+
+
+def _remember(profile: Profile) -> None:
+    """Let frames of `profile` be decoded while it is alive."""
+    digest = profile.digest  # of megabytes, the first time: not under the lock
+    with _LOCK:
+        if digest not in _PROFILES:
+            for gone in [other for other, alive in _PROFILES.items() if not alive]:
+                del _PROFILES[gone]
+        _PROFILES.setdefault(digest, WeakSet()).add(profile)
+
+
+def _known(digest: str) -> Profile | None:
+    with _LOCK:
+        return next(iter(_PROFILES.get(digest, ())), None)
 
 
 def coefficient_coder(error_bound: float, packing: str = "ans") -> Bounded:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -93,7 +95,8 @@ class SideProfile:
         return math.ceil(norm * 2**20 + 1 / 3) * 2.0**-20
 
     def with_scalars(self, *, step: float | None = None, bound: float | None = None) -> SideProfile:
-        """A copy with another step or bound; its basis is not checked again. Raises `ValueError` as the constructor."""
+        """A copy with another step or bound, and the same tensors: its basis is not checked again, and the spectral
+        norm `deviation` is kept. Raises `ValueError` as the constructor."""
         other = copy.copy(self)
         object.__setattr__(other, "step", self.step if step is None else step)
         object.__setattr__(other, "bound", self.bound if bound is None else bound)
@@ -216,6 +219,26 @@ class Profile:
         """A copy with another certificate."""
         return replace(self, certificate=certificate)
 
+    def for_heads(self, first: int, count: int) -> Profile:
+        """The profile of heads `first` to `first + count` alone: those of one worker, under tensor parallelism. It
+        keeps the certificate, which is of all heads. Raises `ValueError` for heads that do not exist, `ProfileMismatch`
+        where they cut a group."""
+        if first < 0 or count < 1 or first + count > self.heads:
+            raise ValueError(f"heads {first} to {first + count - 1} are not among the profile's {self.heads}")
+        if first % self.group_heads or count % self.group_heads:
+            raise ProfileMismatch(
+                f"the profile transforms {self.group_heads} heads together, and heads {first} to {first + count - 1} "
+                "alone are asked for (tensor parallelism): calibrate with kvferry calibrate --scope head"
+            )
+        if count == self.heads:
+            return self
+        groups = slice(first // self.group_heads, (first + count) // self.group_heads)
+        layers = [
+            Layer(*(SideProfile(part.mean[groups], part.basis[groups], part.step, part.bound) for part in layer))
+            for layer in self.layers
+        ]
+        return replace(self, layers=tuple(layers), heads=count)
+
     @classmethod
     def hadamard(
         cls, layers: int, heads: int, head_dim: int, rope: Rope, steps: Sequence[tuple[float, float]]
@@ -224,13 +247,15 @@ class Profile:
         power of two that divides `head_dim`, block by block), which spreads large channels over all."""
         basis = _hadamard(head_dim).expand(heads, -1, -1)
         mean = torch.zeros(heads, head_dim)
-        parts = [Layer(*(SideProfile.of(mean, basis, step) for step in pair)) for pair in steps]
+        whole = SideProfile.of(mean, basis, 1.0)  # checked once: the rest are copies
+        parts = [Layer(*(whole.with_scalars(step=step) for step in pair)) for pair in steps]
         if len(parts) != layers:
             raise ValueError(f"{len(parts)} pairs of steps for {layers} layers: give one pair (K, V) a layer")
         return cls(tuple(parts), heads, head_dim, 1, rope)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file. Raises `ImportError` without safetensors."""
+        """Write a safetensors file, under another name in the same folder first: whoever reads `path` finds the whole
+        file, or what was there before. Raises `ImportError` without safetensors, `OSError` where it cannot write."""
         try:
             from safetensors.torch import save_file
         except ImportError as error:
@@ -255,7 +280,15 @@ class Profile:
         }
         text = json.dumps(described)
         metadata = {"kvferry_profile": text, "kvferry_checksum": xxhash.xxh3_128_hexdigest(text.encode())}
-        save_file(tensors, str(path), metadata=metadata)
+        target = Path(path).resolve()  # of a link, what it points to is replaced
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write a profile into: make it first")
+        unfinished = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}")
+        try:
+            save_file(tensors, str(unfinished), metadata=metadata)
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
