@@ -68,7 +68,8 @@ STUDIES = (
     ),
     Study(
         "un-rotation",
-        "What is it worth to take RoPE off the keys first? (The basis is the one for unrotated keys in both cases.)",
+        "What is it worth to take RoPE off the keys first? (The basis is for unrotated keys "
+        "in both cases; give a profile calibrated with --no-rope too, to see what a basis of its own makes of it.)",
         tuple(f"transform{off}:{bound}" for off in ("", "-rotated") for bound in (1, 2)),
         needs_profile=True,
     ),

@@ -221,7 +221,7 @@ def hadamard_basis(profile: Profile) -> Profile:
 
 def not_unrotated(profile: Profile) -> Profile:
     """The same bases and steps, for keys as they are cached: what taking RoPE off is worth to this profile. One that
-    was calibrated on such keys would do better; give it as another profile."""
+    was calibrated on such keys does better (`kvferry calibrate --no-rope`); give it as another profile."""
     return replace(profile, rope=Rope.none(profile.head_dim), certificate={})
 
 

@@ -188,18 +188,21 @@ def _trial(tokenizer: Any, hay: Tensor, draw: random.Random) -> Trial:
 
 
 def _plant(hay: Tensor, parts: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """`hay` with each part over what was at its depth. Raises `ValueError` where they would touch or leave it."""
+    """`hay` with each part over what was at its depth, or behind the part before it where that reaches further.
+
+    Raises `ValueError` where they do not fit.
+    """
     planted, end = hay.clone(), 0
     for depth, part in sorted(parts, key=lambda placed: placed[0]):
-        start = int(depth * len(hay))
-        if start < end or start + len(part) > len(hay):
+        start = max(int(depth * len(hay)), end)
+        end = start + len(part)
+        if end > len(hay):
             most = sum(len(part) for _, part in parts)
             raise ValueError(
                 f"a prefix of {len(hay)} tokens has no room for {most} planted tokens at their depths: "
                 "give a larger --prefix, or --trials 0 for no retrieval"
             )
-        planted[start : start + len(part)] = part
-        end = start + len(part)
+        planted[start:end] = part
     return planted
 
 

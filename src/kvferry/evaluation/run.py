@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -113,7 +114,7 @@ def evaluate(source: ModelSource, plan: Plan, progress: Progress = lambda stage,
     tested: list[Scheme] = list(plan.schemes(plan.sensitivity))
     layers = source.config.num_hidden_layers
     steps = len(tested) * plan.sequences * layers * len(SIDES)
-    done = iter(range(10 * steps))
+    done = itertools.count()
     sensitivity = evaluate_sensitivity(
         model,
         windows,
