@@ -35,7 +35,8 @@ class Matrices:
     @classmethod
     def of(cls, side: SideProfile, device: torch.device) -> "Matrices":
         step = torch.tensor(side.step, dtype=torch.float32, device=device)
-        return cls(side.mean.to(device), side.basis.to(device).double(), step, 1 / step)
+        # Zeros without a sign: sums of integers have none to add it to.
+        return cls(side.mean.to(device) + 0.0, side.basis.to(device).double(), step, 1 / step)
 
 
 @dataclass(frozen=True)
