@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 import kvferry
-from kvferry.codecs.base import Codec
 from kvferry.codecs.transform import Transform
 from kvferry.errors import CorruptFrame
 from kvferry.evaluation.schemes import Guarantee
+from kvferry.policy import CodecChoice, choose
 from kvferry.store import Entry, HostStore
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-    from kvferry.integrations.transformers import CodecChoice
     from kvferry.integrations.transformers.cache import CacheLayout
 
 Side = Literal["k", "v"]
@@ -66,7 +65,7 @@ class CodecCoder:
 
     def encode(self, tensor: Tensor, place: Place) -> bytes:
         """A frame."""
-        codec = self._chosen(tensor, place)
+        codec = choose(self.codec, place.layer, place.side, tensor)
         if isinstance(codec, Transform):
             codec = replace(codec, first_position=codec.first_position + place.first_token)
         return kvferry.compress(tensor, codec)
@@ -80,12 +79,6 @@ class CodecCoder:
     def bound(self, data: bytes, place: Place) -> float | None:
         """The frame's own record of the largest absolute bound in it."""
         return kvferry.inspect(data).bound_used
-
-    def _chosen(self, tensor: Tensor, place: Place) -> Codec:
-        # A Transform of no layer is a codec and a choice at once.
-        if isinstance(self.codec, Transform) and self.codec.layer is None:
-            return self.codec(place.layer, place.side, tensor)
-        return self.codec if isinstance(self.codec, Codec) else self.codec(place.layer, place.side, tensor)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ READING = (
     (
         "bits/value",
         "Bytes of everything that is needed to restore the cache, times 8, over the values. The cache itself has 16 "
-        "(bfloat16, float16). K and V apart beside it; ratio is raw over encoded bytes.",
+        "(bfloat16, float16). K and V apart beside it; ratio is raw over encoded bytes. A profile is not counted: it is "
+        "loaded once for a model.",
     ),
     (
         "KL",
@@ -152,7 +153,7 @@ def _protocol(evaluation: Evaluation) -> str:
     sentences += evaluation.remarks
     if plan.profiles:
         names = ", ".join(f"{named.name} ({named.profile.digest[:12]})" for named in plan.profiles)
-        sentences.append(f"Profiles: {names}.")
+        sentences.append(f"Profiles: {names}. What they were calibrated on should be other text than this.")
     return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
 
 
