@@ -32,8 +32,8 @@ READING = (
     (
         "bits/value",
         "Bytes of everything that is needed to restore the cache, times 8, over the values. The cache itself has 16 "
-        "(bfloat16, float16). K and V apart beside it; ratio is raw over encoded bytes. A profile is not counted: it is "
-        "loaded once for a model.",
+        "(bfloat16, float16). K and V apart beside it; ratio is raw over encoded bytes. A profile is not counted: it "
+        "is loaded once for a model.",
     ),
     (
         "KL",
