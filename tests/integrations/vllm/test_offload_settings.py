@@ -70,7 +70,7 @@ def test_the_config_goes_before_the_environment() -> None:
 @pytest.mark.parametrize(
     ("extra", "env", "said"),
     [
-        ({"compression_codec": "zip"}, {}, "compression_codec='zip' is none of bounded, lossless, raw"),
+        ({"compression_codec": "zip"}, {}, "compression_codec='zip' is none of bounded, lossless, transform, raw"),
         ({"compression_mode": "flat"}, {}, "compression_mode='flat' is none of"),
         ({"compression_error_bound": -1}, {}, "compression_error_bound=-1.0 must be .* above 0"),
         ({"compression_error_bound": math.nan}, {}, "compression_error_bound=nan"),
