@@ -7,7 +7,7 @@ lossless mode bit for bit.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import kvferry
-from kvferry.codecs.base import Codec
 from kvferry.errors import CorruptFrame
-
-KOrV = Literal["k", "v"]
-CodecChoice = Codec | Callable[[int, KOrV, Tensor], Codec]
-"""One codec for all, or a callable that picks one for `(layer_index, "k" or "v", tensor)`."""
+from kvferry.policy import CodecChoice as CodecChoice
+from kvferry.policy import KOrV, check_choice, choose
 
 TensorEncoder = Callable[[int, KOrV, Tensor], bytes]
 TensorDecoder = Callable[[bytes, "TensorLayout", torch.device], Tensor]
@@ -71,17 +68,16 @@ class EncodedCache:
 def encode_cache(cache: DynamicCache, codec: CodecChoice) -> EncodedCache:
     """Encode every layer's K and V, each `[batch, kv_heads, tokens, head_dim]`, to one frame.
 
-    `codec` is a codec or a callable `(layer_index, "k" | "v", tensor) -> codec`. The cache is only read. Raises
-    `TypeError` for caches and layers that are not covered, naming them and what to use instead, and what
+    `codec` is a codec or a callable `(layer_index, "k" | "v", tensor) -> codec`, such as what `kvferry.policy` has; a
+    codec that can be called, as a `Transform` of a whole profile, is asked like any other callable. The cache is only
+    read. Raises `TypeError` for caches and layers that are not covered, naming them and what to use instead, and what
     `kvferry.compress` raises.
     """
 
     def encode(layer_index: int, which: KOrV, tensor: Tensor) -> bytes:
-        chosen = codec if isinstance(codec, Codec) else codec(layer_index, which, tensor)
-        return kvferry.compress(tensor, chosen)
+        return kvferry.compress(tensor, choose(codec, layer_index, which, tensor))
 
-    if not isinstance(codec, Codec) and not callable(codec):
-        raise TypeError(f"codec is {type(codec).__name__}: give a codec such as kvferry.Lossless(), or a callable")
+    check_choice(codec)
     return encode_cache_with(cache, encode)
 
 
