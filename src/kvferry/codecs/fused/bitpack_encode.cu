@@ -42,7 +42,8 @@ __device__ __forceinline__ bool stage_streams(int tokens, const Choice<CPL> &cho
                     const u32 two = (four & 0x00ff00ffu) + ((four >> 8 & 0x00ff00ffu) << width);
                     const u64 bits = (u64)((two & 0xffff) + ((u64)(two >> 16) << (2 * width))) << filled;
                     pending |= (u32)bits;
-                    filled += 4 * width;
+                    // Of the tokens that exist: a word too many would fall on the next channel's first.
+                    filled += min(4, length - 4 * g) * width;
                     if (filled >= 32) {
                         store_shared(at, pending);
                         at += 4;
