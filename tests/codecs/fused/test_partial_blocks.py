@@ -6,9 +6,9 @@ channel's.
 
 import pytest
 import torch
-from contract.cases import HAS_CUDA
 
 import kvferry
+from contract.cases import HAS_CUDA
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]
 
