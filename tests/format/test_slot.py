@@ -107,7 +107,7 @@ class TestHeader:
             altered[bit // 8] ^= 1 << bit % 8
             with pytest.raises(CorruptFrame, match="no slot's header"):
                 SlotHeader.unpack(bytes(altered.numpy()))
-        for name, value in (("codec", 3), ("dtype", 6), ("packing", 3), ("mode", 4), ("relative_to", 4)):
+        for name, value in (("codec", 4), ("dtype", 6), ("packing", 3), ("mode", 4), ("relative_to", 4)):
             with pytest.raises(CorruptFrame, match=f"unknown {name} {value}"):
                 SlotHeader.unpack(bytes(with_fields(data, **{name: value}).numpy()))
         for name, value in (("state", 0), ("state", 3), ("reserved", 1), ("reserved2", 1 << 63), ("version", 2)):

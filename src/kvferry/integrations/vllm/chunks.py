@@ -85,3 +85,18 @@ def for_rank(identities: np.ndarray, rank: int) -> np.ndarray:
     own = identities.copy()
     own[:, 1] ^= np.uint64(rank * _RANK_FACTOR & _WORD)
     return own
+
+
+def first_positions(ends: np.ndarray, chunk_tokens: int) -> np.ndarray:
+    """Where chunks of `chunk_tokens` begin in their sequences, int32 `[chunks]`, of where they end, `[chunks]` (0: not
+    known, which counts as the first chunk)."""
+    positions: np.ndarray = np.maximum(ends - 1, 0) // chunk_tokens * chunk_tokens
+    return positions.astype(np.int32)
+
+
+def for_positions(identities: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The identities of these chunks, coded as if they began at `positions`: a slot that was coded at another is not
+    decoded at these."""
+    own = identities.copy()
+    own[:, 0] ^= positions.astype(np.uint64) * np.uint64(_RANK_FACTOR)
+    return own

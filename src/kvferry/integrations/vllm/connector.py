@@ -21,7 +21,7 @@ from kvferry.integrations.vllm.manager import Forgetful, keys_named
 from kvferry.integrations.vllm.metrics import Counters, KVFerryStats, KVFerryWorkerMetadata
 from kvferry.integrations.vllm.select import complete_extra_config
 from kvferry.integrations.vllm.settings import OffloadSettings
-from kvferry.integrations.vllm.spec import told
+from kvferry.integrations.vllm.spec import Engine, told
 from kvferry.integrations.vllm.worker import SlotWorker
 
 logger = init_logger(__name__)
@@ -44,7 +44,7 @@ class KVFerryConnector(OffloadingConnector):
         if len(compat.offloaded_groups(kv_cache_config)) > 1 and extra.pop("sync_load_budget_bytes", 0):
             logger.warning("kvferry: sync_load_budget_bytes is left out: with several KV cache groups vLLM cannot be "
                            "told that a synchronous load failed")  # fmt: skip
-        with told(kv_cache_config, str(vllm_config.cache_config.cache_dtype)):
+        with told(Engine.of(vllm_config, kv_cache_config)):
             super().__init__(vllm_config, role, kv_cache_config)
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._since_start = Counters()

@@ -5,6 +5,7 @@ A row belongs to one chunk of one KV cache group. The layers of a group that are
 compressed; all others make another, which is stored raw. Each part is a slot of its own in the row.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ logger = init_logger(__name__)
 
 _ROW_STEP_BYTES = 512
 _E5M2 = "e5m2"
+_CHOOSE_ANOTHER = "set compression_codec to bounded"
 
 
 def round_down(value: int, step: int) -> int:
@@ -78,6 +80,31 @@ def value_dtype(spec: Any, cache_dtype: str) -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else None
 
 
+def transformed_layers(kv_cache_config: Any, cache_dtype: str) -> tuple[int, int]:
+    """Number of layers and width of their heads, of a model whose layers are all plain attention of one KV cache group.
+    Raises `ValueError` for others, which the codec transform does not take."""
+    groups = offloaded_groups(kv_cache_config)
+    if len(groups) != 1:
+        raise ValueError(
+            f"the model has {len(groups)} KV cache groups, and the codec transform takes models whose layers are all "
+            f"alike: {_CHOOSE_ANOTHER}"
+        )
+    for name, spec in layer_specs_of(groups[0]).items():
+        widths = _widths(spec) if value_dtype(spec, cache_dtype) is not None else []
+        if len(widths) != 2 or widths[0] != widths[1]:
+            raise ValueError(
+                f"layer {name} is {type(spec).__name__}, not plain attention with K and V of one width in values of "
+                f"their own, which the codec transform needs: {_CHOOSE_ANOTHER}"
+            )
+    return len(groups[0].layer_names), widths[0]
+
+
+def _layer_number(name: str) -> int:
+    """The number in a layer's name, such as 3 in "model.layers.3.self_attn.attn"."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(numbers[0]) if numbers else 0
+
+
 # -- before there are caches: how large rows are ----------------------------------------------------------------------
 
 
@@ -102,7 +129,7 @@ def _group_row_bytes(
         layers = len(group.layer_names)
         if dtype is not None:
             kv = _paged([_stand_in(spec, dtype)] * layers, _widths(spec))
-            codec, ratio = settings.codec_for(dtype), settings.ratio_for(dtype)
+            codec, ratio = settings.codec_for(dtype, (0, spec.num_kv_heads)), settings.ratio_for(dtype)
             exact = slot_bytes_for(kv, codec, blocks_per_chunk, ratio)
         else:
             page = torch.empty((1, round_up(layer_bytes, ROW_STEP)), dtype=torch.uint8, device="meta")
@@ -145,9 +172,14 @@ def group_parts(
     cache_dtype: str,
     blocks_per_chunk: int,
     row_bytes: int,
+    *,
+    first_head: int = 0,
+    max_positions: int = 1 << 15,
 ) -> list[list[Part]]:
     """The parts of each group's rows. `kv_caches` are the engine's tensors by layer, `canonical` the same memory as
-    vLLM's workers see it. Raises `ValueError` if raw parts alone do not fit a row."""
+    vLLM's workers see it. `first_head`: number, among all of the model's, of the first KV head that they hold;
+    `max_positions`: tokens of the longest sequence. Raises `ValueError` if raw parts alone do not fit a row, and for
+    what the codec transform does not take."""
     made = []
     for number, group in enumerate(offloaded_groups(kv_cache_config)):
         refs = canonical.group_data_refs[number]
@@ -159,7 +191,14 @@ def group_parts(
             plain = {}  # layers are packed into blocks that cannot be told apart
         rest = [ref for name, ref in zip(specs, refs, strict=False) if name not in plain] if one_ref_a_layer else refs
         opaque = [_bytes_of(canonical, ref, num_blocks) for ref in rest] if len(plain) < len(specs) else []
-        made.append(_parts(number, list(plain.values()), opaque, settings, blocks_per_chunk, num_blocks, row_bytes))
+        if settings.transforms:
+            plain = dict(sorted(plain.items(), key=lambda item: _layer_number(item[0])))  # as the profile has them
+        made.append(
+            _parts(
+                number, list(plain.values()), opaque, settings, blocks_per_chunk, num_blocks, row_bytes, first_head,
+                max_positions,
+            )
+        )  # fmt: skip
     return made
 
 
@@ -204,9 +243,16 @@ def _parts(
     blocks_per_chunk: int,
     num_blocks: int,
     row_bytes: int,
+    first_head: int,
+    max_positions: int,
 ) -> list[Part]:
     parts: list[Part] = []
     at = 0
+    if opaque and settings.transforms:
+        raise ValueError(
+            f"{len(opaque)} layers of KV cache group {number} are not laid out as plain attention, which the codec "
+            f"transform needs: {_CHOOSE_ANOTHER}"
+        )
     if opaque:
         kv = PagedKV.opaque(opaque)
         slot_bytes = raw_slot_bytes(kv, blocks_per_chunk)
@@ -226,12 +272,19 @@ def _parts(
         pages_per_block = kv.num_pages // num_blocks
         chunk_pages = blocks_per_chunk * pages_per_block
         slot_bytes = min(round_down(row_bytes - at, _ROW_STEP_BYTES), raw_slot_bytes(kv, chunk_pages))
-        codec = settings.codec_for(kv.dtype)
+        codec = settings.codec_for(kv.dtype, (first_head, plain[0][0].shape[1]))
         if codec.name != settings.codec and settings.enabled:
             logger.info("kvferry: caches of %s are stored %s: %s does not take them",
                         kv.dtype, codec.name, settings.codec)  # fmt: skip
         slot_codec = SlotCodec(
-            kv, codec, chunk_pages, slot_bytes, settings.overflow, settings.max_relaxations, num_sms=settings.num_sms
+            kv,
+            codec,
+            chunk_pages,
+            slot_bytes,
+            settings.overflow,
+            settings.max_relaxations,
+            num_sms=settings.num_sms,
+            max_positions=max_positions,
         )
         parts.append(Part(slot_codec, at, pages_per_block))
     return parts

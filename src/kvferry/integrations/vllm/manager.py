@@ -4,6 +4,8 @@ are not there."""
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import numpy as np
+
 from kvferry.integrations.vllm import compat
 from kvferry.integrations.vllm.chunks import identities_of, identity_of
 from kvferry.integrations.vllm.compat import (
@@ -18,18 +20,36 @@ from kvferry.integrations.vllm.compat import (
 
 
 class SlotLoadStoreSpec(CPULoadStoreSpec):
-    """vLLM's numbers of rows, and what the chunks in them are called: `identities` uint64 `[rows, 2]`."""
+    """vLLM's numbers of rows, and what the chunks in them are called: `identities` uint64 `[rows, 2]`. `ends` int64
+    `[rows]`: how many tokens there are in a chunk's sequence up to its end, 0 where that is not known; None: of all."""
 
-    def __init__(self, block_ids: list[int], identities: Any) -> None:
+    def __init__(self, block_ids: list[int], identities: Any, ends: Any = None) -> None:
         super().__init__(block_ids)
         self.identities = identities
+        self.ends = ends
 
 
 class _NamesChunks(CPUOffloadingManager):
-    """Tells workers the identities of chunks."""
+    """Tells workers the identities of chunks, and where they are in their sequences. A chunk's key is made of all
+    tokens up to its end, so whoever stores or loads it finds the same place."""
+
+    def prepare_load(self, keys: Collection[bytes], req_context: ReqContext) -> Any:
+        spec = super().prepare_load(keys, req_context)
+        spec.ends = _ends(keys, req_context)
+        return spec
+
+    def prepare_store(self, keys: Collection[bytes], req_context: ReqContext) -> Any:
+        output = super().prepare_store(keys, req_context)
+        if output is not None:
+            output.store_spec.ends = _ends(output.keys_to_store, req_context)
+        return output
 
     def _get_load_store_spec(self, keys: Iterable[bytes], chunks: Iterable[Any]) -> SlotLoadStoreSpec:
         return SlotLoadStoreSpec([chunk.chunk_id for chunk in chunks], identities_of(list(keys)))
+
+
+def _ends(keys: Iterable[bytes], req_context: ReqContext) -> np.ndarray:
+    return np.array([req_context.get_offload_key_position(key) or 0 for key in keys], dtype=np.int64)
 
 
 class Forgetful(OffloadingManager):

@@ -17,10 +17,15 @@ from kvferry.integrations.vllm.version import check_version
 logger = logging.getLogger(__name__)
 
 FLAGS = {
-    "--compression-error-bound": ("error_bound", "Error bound of bounded compression: times the range of each tile."),
+    "--compression-error-bound": (
+        "error_bound",
+        "Error bound: of bounded, times the range of each tile; of transform, in units of its profile.",
+    ),
     "--compression-mode": ("mode", "Mode of bounded compression: fixed, plain or outlier."),
     "--compression-codec": ("codec", f"How KV cache is compressed: {', '.join(CODECS)}."),
     "--compression-ratio": ("ratio", "Raw bytes over slot bytes: how many more chunks the host memory holds."),
+    "--compression-profile": ("profile", "Profile of the codec transform: a file that kvferry calibrate made."),
+    "--compression-target-kl": ("target_kl", "Start only if the profile's certificate states at most so many nats."),
 }
 """Flags with a value, the setting each gives, and its help."""
 _ENABLE_VARIABLES = ("KVFERRY_ENABLED", "VLLM_ENABLE_COMPRESSION")

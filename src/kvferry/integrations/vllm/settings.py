@@ -4,7 +4,8 @@ import difflib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +15,24 @@ from kvferry.codecs.base import Codec
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.raw import Raw
+from kvferry.codecs.transform import Transform
+from kvferry.codecs.transform.profile import Profile
 from kvferry.format.frame import MODES, PACKINGS
 from kvferry.format.slot import VERSION
+from kvferry.integrations.vllm.profiles import TRANSFORM, check_target, default_ratio, load_profile, part_of
 
 PREFIX = "compression_"
 """Of our keys in kv_connector_extra_config."""
 ENABLE_KEY = "enable_compression"
-CODECS = ("bounded", "lossless", "raw")
+CODECS = ("bounded", "lossless", TRANSFORM, "raw")
 RELATIVE_TO = ("tile", "channel", "absolute")
 DEFAULT_RATIOS = {"bounded": 3.0, "lossless": 1.35, "raw": 1.0}
-"""Of 16-bit caches: a little below what real KV reaches, so that few chunks meet a slot that is too small."""
+"""Of 16-bit caches: a little below what real KV reaches, so that few chunks meet a slot that is too small. The
+transform's is its profile's."""
+DEFAULT_BOUNDS = {TRANSFORM: 1.0}
+"""Of codecs whose bounds have other units than `bounded`'s."""
+_BOUND = 1e-2
+_MOST_TRANSFORM_RELAXATIONS = 12
 FP8_LOSSLESS_RATIO = 1.1
 """A float8 has few bits that can be predicted."""
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -31,6 +40,8 @@ _VLLM_NAMES = {
     "VLLM_ENABLE_COMPRESSION": "enabled",
     "VLLM_COMPRESSION_ERROR_BOUND": "error_bound",
     "VLLM_COMPRESSION_MODE": "mode",
+    "VLLM_COMPRESSION_PROFILE": "profile",
+    "VLLM_COMPRESSION_TARGET_KL": "target_kl",
 }
 
 
@@ -38,9 +49,11 @@ _VLLM_NAMES = {
 class OffloadSettings:
     """How offloaded KV cache is coded. Raises `ValueError` for values that cannot be, with name, value and remedy.
 
-    `codec`: "bounded", "lossless" or "raw". `error_bound`: every value comes back within it, times the range of the
-    values of its tile (64 tokens of one head's K or V; `relative_to="tile"`), times the range of its channel in the
-    tile ("channel"), or as it stands ("absolute"). `mode` and `packing`: those of `kvferry.Bounded` and `Lossless`.
+    `codec`: "bounded", "lossless", "transform" or "raw". `error_bound` (None: by codec): with "bounded", every value
+    comes back within it, times the range of the values of its tile (64 tokens of one head's K or V;
+    `relative_to="tile"`), times the range of its channel in the tile ("channel"), or as it stands ("absolute"); with
+    "transform", in units of the profile. `mode` and `packing`: those of `kvferry.Bounded` and `Lossless`. `profile`:
+    file of the transform's profile; `target_kl`: nats a token that its certificate may state at most (None: any).
     `ratio`: raw bytes over slot bytes, which fixes how many chunks the host memory holds (None: by codec). `overflow`:
     a chunk that does not fit its slot is coded with doubled bounds ("relax", at most `max_relaxations` times), or not
     stored ("reject"). `ring_mib`: GPU memory of each direction's staging ring. `num_sms`: how much of the GPU the
@@ -50,7 +63,7 @@ class OffloadSettings:
 
     enabled: bool = True
     codec: str = "bounded"
-    error_bound: float = 1e-2
+    error_bound: float | None = None
     relative_to: str = "tile"
     mode: str = "fixed"
     packing: str = "ans"
@@ -61,6 +74,8 @@ class OffloadSettings:
     num_sms: int | None = None
     timing: bool = True
     load_failure_policy: str = "recompute"
+    profile: str | None = None
+    target_kl: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("codec", self.codec, CODECS)
@@ -69,9 +84,9 @@ class OffloadSettings:
         _one_of("packing", self.packing, PACKINGS)
         _one_of("overflow", self.overflow, ("relax", "reject"))
         _one_of("load_failure_policy", self.load_failure_policy, ("recompute", "fail"))
-        if not 0 < self.error_bound < math.inf:
+        if not 0 < self.bound < math.inf:
             raise ValueError(
-                f"{PREFIX}error_bound={self.error_bound!r} must be a finite number above 0, such as 0.01; for exact "
+                f"{PREFIX}error_bound={self.bound!r} must be a finite number above 0, such as 0.01; for exact "
                 "results choose the codec lossless"
             )
         if self.ratio is not None and not 1 <= self.ratio <= 64:
@@ -80,15 +95,62 @@ class OffloadSettings:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{PREFIX}{name}={value!r} must be {least} to {most}")
+        self._check_transform()
 
-    def codec_for(self, dtype: torch.dtype) -> Codec:
-        """The codec for pages of `dtype`: as chosen where it takes them, else the nearest that loses no more."""
+    def _check_transform(self) -> None:
+        if self.target_kl is not None and not 0 < self.target_kl < math.inf:
+            raise ValueError(f"{PREFIX}target_kl={self.target_kl!r} must be a finite number above 0: nats a token")
+        if self.codec != TRANSFORM:
+            for name in ("profile", "target_kl"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{PREFIX}{name}={getattr(self, name)!r} goes with {PREFIX}codec=transform, not {self.codec}: "
+                        "choose that codec, or leave it out"
+                    )
+            return
+        if not self.profile:
+            raise ValueError(
+                f"{PREFIX}codec=transform needs {PREFIX}profile: name a file that kvferry calibrate made of this model"
+            )
+        if self.overflow == "relax" and self.max_relaxations > _MOST_TRANSFORM_RELAXATIONS:
+            raise ValueError(
+                f"{PREFIX}max_relaxations={self.max_relaxations} must be 0 to {_MOST_TRANSFORM_RELAXATIONS} with the "
+                "codec transform"
+            )
+
+    @property
+    def bound(self) -> float:
+        """The error bound, in the codec's units."""
+        return DEFAULT_BOUNDS.get(self.codec, _BOUND) if self.error_bound is None else self.error_bound
+
+    @property
+    def transforms(self) -> bool:
+        """Whether a profile is used."""
+        return self.enabled and self.codec == TRANSFORM
+
+    def load_profile(self) -> Profile:
+        """The profile, which the codec "transform" has. Raises as `profiles.load_profile`, and `ValueError` if its
+        certificate states more than `target_kl`."""
+        if self.profile is None:
+            raise ValueError(f"the codec {self.codec} has no profile")
+        found = load_profile(self.profile)
+        if self.target_kl is not None:
+            check_target(found, self.profile, self.target_kl, self.bound)
+        return found
+
+    def codec_for(self, dtype: torch.dtype, heads: tuple[int, int] | None = None) -> Codec:
+        """The codec for pages of `dtype`: as chosen where it takes them, else the nearest that loses no more. `heads`:
+        the first one and the number of those that the pages hold, of all heads that a profile has (None: all)."""
         if not self.enabled or self.codec == "raw" or dtype not in Lossless.dtypes:
             return Raw()
+        if self.codec == TRANSFORM and dtype in Transform.dtypes:
+            profile = self.load_profile()
+            own = part_of(profile, *heads) if heads is not None else profile
+            return Transform(own, error_bound=self.bound, packing=self.packing)
         if self.codec == "bounded" and dtype in Bounded.dtypes:
             relative = self.relative_to != "absolute"
             return Bounded(
-                error_bound=self.error_bound,
+                error_bound=self.bound,
                 relative=relative,
                 relative_to=self.relative_to if relative else "tensor",
                 mode=self.mode,
@@ -101,6 +163,8 @@ class OffloadSettings:
         codec = self.codec_for(dtype)
         if isinstance(codec, Raw):
             return 1.0
+        if isinstance(codec, Transform):
+            return self.ratio if self.ratio is not None else default_ratio(codec.profile, self.bound)
         if dtype.itemsize == 1:
             # A ratio that was given for 16-bit values promises nothing for these.
             return min(self.ratio or FP8_LOSSLESS_RATIO, FP8_LOSSLESS_RATIO)
@@ -112,7 +176,9 @@ class OffloadSettings:
         codec = self.codec if self.enabled else "raw"
         words = [f"kvferry{kvferry.__version__}", f"slot{VERSION}", codec]
         if codec == "bounded":
-            words += [f"{self.error_bound!r}", self.relative_to, self.mode, self.overflow, str(self.max_relaxations)]
+            words += [f"{self.bound!r}", self.relative_to, self.mode, self.overflow, str(self.max_relaxations)]
+        if codec == TRANSFORM:
+            words += [self.load_profile().digest, f"{self.bound!r}", self.overflow, str(self.max_relaxations)]
         if codec != "raw":
             words.append(self.packing)
         return "-".join(words)
@@ -120,10 +186,10 @@ class OffloadSettings:
     @classmethod
     def read(cls, extra_config: Mapping[str, Any], env: Mapping[str, str] | None = None) -> "OffloadSettings":
         """From kv_connector_extra_config, where each setting is `compression_<name>` (and `enable_compression`), and
-        from the environment (`os.environ` if None): `KVFERRY_<NAME>`, or the three `VLLM_*` names. What the config says
-        goes before the environment. Raises `ValueError` for values and `compression_*` keys that mean nothing."""
-        settings = cls(**_from_environment(os.environ if env is None else env))
-        given: dict[str, Any] = {}
+        from the environment (`os.environ` if None): `KVFERRY_<NAME>`, or the `VLLM_*` names. What the config says goes
+        before the environment. Who names a profile and no codec wants the codec "transform". Raises `ValueError` for
+        values and `compression_*` keys that mean nothing, and for a profile that is not there."""
+        given = _from_environment(os.environ if env is None else env)
         for key, value in extra_config.items():
             if key == ENABLE_KEY:
                 given["enabled"] = _parse("enabled", value, key)
@@ -135,7 +201,14 @@ class OffloadSettings:
                     hint = f"did you mean {PREFIX}{near[0]}?" if near else f"there are {', '.join(known)}"
                     raise ValueError(f"{key}={value!r} in kv_connector_extra_config is no setting: {hint}")
                 given[name] = _parse(name, value, key)
-        return replace(settings, **given)
+        if given.get("profile") is not None:
+            given.setdefault("codec", TRANSFORM)
+        settings = cls(**given)
+        if settings.transforms and not Path(str(settings.profile)).is_file():
+            raise ValueError(
+                f"{PREFIX}profile={settings.profile!r}: there is no such file; make one with kvferry calibrate"
+            )
+        return settings
 
 
 _NAMES = {field.name: field for field in fields(OffloadSettings)}
@@ -144,11 +217,12 @@ _KINDS: dict[str, type] = {
     "timing": bool,
     "error_bound": float,
     "ratio": float,
+    "target_kl": float,
     "max_relaxations": int,
     "ring_mib": int,
     "num_sms": int,
 }
-_MAY_BE_NONE = ("ratio", "num_sms")
+_MAY_BE_NONE = ("error_bound", "ratio", "num_sms", "profile", "target_kl")
 
 
 def truth(value: Any, name: str) -> bool:

@@ -24,8 +24,9 @@ from kvferry.integrations.vllm.compat import (
     make_region,
     pin_mmap_region,
 )
-from kvferry.integrations.vllm.layout import group_parts, round_down, round_up, worker_row_bytes
+from kvferry.integrations.vllm.layout import group_parts, round_down, round_up, transformed_layers, worker_row_bytes
 from kvferry.integrations.vllm.manager import adopt
+from kvferry.integrations.vllm.profiles import check_model, part_of
 from kvferry.integrations.vllm.settings import OffloadSettings
 from kvferry.integrations.vllm.worker import SlotWorker
 
@@ -35,20 +36,35 @@ _SLOT_STEP = 512
 
 
 @dataclass(frozen=True)
-class _Engine:
-    """What the connector knows and specs are not told."""
+class Engine:
+    """What the connector knows and specs are not told: KV cache groups, the name of the cache's dtype, the model's
+    configuration (transformers'), its KV heads (of all workers), and tokens of the longest sequence."""
 
     kv_cache_config: Any
     cache_dtype: str
+    text_config: Any
+    kv_heads: int
+    max_positions: int
+
+    @classmethod
+    def of(cls, vllm_config: Any, kv_cache_config: Any) -> "Engine":
+        model = vllm_config.model_config
+        return cls(
+            kv_cache_config,
+            str(vllm_config.cache_config.cache_dtype),
+            model.hf_text_config,
+            model.get_total_num_kv_heads(),
+            model.max_model_len,
+        )
 
 
-_engine: ContextVar[_Engine] = ContextVar("kvferry_engine")
+_engine: ContextVar[Engine] = ContextVar("kvferry_engine")
 
 
 @contextmanager
-def told(kv_cache_config: Any, cache_dtype: str) -> Iterator[None]:
-    """Specs made inside learn of the engine's KV cache groups and of the name of its cache's dtype."""
-    token = _engine.set(_Engine(kv_cache_config, cache_dtype))
+def told(engine: Engine) -> Iterator[None]:
+    """Specs made inside learn of the engine."""
+    token = _engine.set(engine)
     try:
         yield
     finally:
@@ -80,6 +96,8 @@ class _SlotRows(CPUOffloadingSpec):
         self.settings = OffloadSettings.read(config.extra_config)
         if config.canonical_layout:
             raise ValueError("canonical_layout=True has no meaning for compressed slots: leave it out")
+        if self.settings.transforms:
+            _check_profile(self.settings, engine, config.parallel)
         super().__init__(config)
         self.engine = engine
         self._kv_caches: dict[str, Tensor] = {}
@@ -149,6 +167,8 @@ class _SlotRows(CPUOffloadingSpec):
             self.engine.cache_dtype,
             self.blocks_per_chunk,
             self.cpu_page_size_per_worker,
+            first_head=_first_head(self.engine, self.config.parallel),
+            max_positions=self.engine.max_positions,
         )
         region = make_region(self, self.unlinks_region) if self._uses_shared_region() else None
         try:
@@ -181,6 +201,27 @@ class _SlotRows(CPUOffloadingSpec):
                 )
         rows: Tensor = region.create_next_worker_view(self.cpu_page_size_per_worker)
         return rows.view(torch.uint8)
+
+
+def _check_profile(settings: OffloadSettings, engine: Engine, parallel: Any) -> None:
+    """Raise, and say what to do about it, unless the profile is the model's, and each worker's heads can be coded by
+    themselves."""
+    for kind, size in (("pipeline", parallel.pp_size), ("context", parallel.pcp_size * parallel.dcp_size)):
+        if size > 1:
+            raise ValueError(
+                f"the codec transform does not work with {kind} parallelism ({size} workers): use tensor parallelism, "
+                "or set compression_codec to bounded"
+            )
+    layers, head_dim = transformed_layers(engine.kv_cache_config, engine.cache_dtype)
+    profile = settings.load_profile()
+    check_model(profile, layers=layers, heads=engine.kv_heads, head_dim=head_dim, text_config=engine.text_config)
+    part_of(profile, _first_head(engine, parallel), max(1, engine.kv_heads // parallel.tp_size))
+    logger.info("kvferry: profile %s of %s", settings.profile, profile.model.get("name", "no model in particular"))
+
+
+def _first_head(engine: Engine, parallel: Any) -> int:
+    """Number of the first KV head that a worker holds. Where there are more workers than heads, several hold one."""
+    return int(parallel.rank % parallel.tp_size * engine.kv_heads // parallel.tp_size)
 
 
 class KVFerrySpec(_SlotRows):

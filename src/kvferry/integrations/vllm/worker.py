@@ -10,8 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvferry.codecs.transform import Transform
 from kvferry.format.slot import SlotStatus
-from kvferry.integrations.vllm.chunks import MISSING, GroupChunks, for_rank, group_chunks, pages_of
+from kvferry.integrations.vllm.chunks import (
+    MISSING,
+    GroupChunks,
+    first_positions,
+    for_positions,
+    for_rank,
+    group_chunks,
+    pages_of,
+)
 from kvferry.integrations.vllm.compat import (
     GPULoadStoreSpec,
     LoadStoreSpec,
@@ -176,12 +185,15 @@ class SlotWorker(OffloadingWorker):
                 np.asarray(gpu.block_ids), gpu.group_sizes, gpu.block_indices, self._blocks_per_chunk, len(slots)
             )
             own = for_rank(identities, self._rank)
+            ends = getattr(host, "ends", None)
+            ends = np.zeros(len(slots), dtype=np.int64) if ends is None else np.asarray(ends)
         except Exception as error:
             self._lose(transfer, set(range(len(slots))), error)
             return True
         for chunks in transfer.groups:
             for rows in self._split_by_registration(slots[chunks.first : chunks.stop]):
-                self._launch(transfer, chunks, rows, slots[chunks.first + rows], own[chunks.first + rows])
+                at = chunks.first + rows
+                self._launch(transfer, chunks, rows, slots[at], own[at], ends[at])
         return True
 
     def _split_by_registration(self, slots: np.ndarray) -> list[np.ndarray]:
@@ -190,13 +202,23 @@ class SlotWorker(OffloadingWorker):
         return [np.flatnonzero(where == number) for number in np.unique(where)]
 
     def _launch(
-        self, transfer: _Transfer, chunks: GroupChunks, rows: np.ndarray, slots: np.ndarray, identities: np.ndarray
+        self,
+        transfer: _Transfer,
+        chunks: GroupChunks,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        identities: np.ndarray,
+        ends: np.ndarray,
     ) -> None:
         try:
             for part, transfers in zip(self._parts[chunks.group], self._transfers[chunks.group], strict=True):
                 pages = pages_of(chunks.blocks[rows], part.pages_per_block)
                 call = transfers.store if transfer.direction == "store" else transfers.load
-                transfer.launched.append(_Launched(call(pages, slots, identities), chunks, rows))
+                names, positions = identities, None
+                if isinstance(part.slot_codec.codec, Transform):
+                    positions = first_positions(ends, part.slot_codec.tokens)
+                    names = for_positions(identities, positions)
+                transfer.launched.append(_Launched(call(pages, slots, names, positions), chunks, rows))
         except Exception as error:
             self._lose(transfer, {chunks.first + int(row) for row in rows}, error)
 
