@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kvferry
 from contract.cases import tiles_of
 from kvferry.codecs.tiling import (
     channel_segments,
@@ -116,6 +117,17 @@ def test_counting_builds_nothing() -> None:
     """A header may claim any shape: the count must not take memory or time."""
     assert count_tiles((1 << 40, 1 << 40), flat=False) == (1 << 34) * (1 << 33)
     assert count_tiles((1 << 60,), flat=True) == 1 << 47
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 34, 8), (5, 1 << 34, 0), (1 << 40, 0, 8), (1 << 40, 3, 0)], ids=str)
+def test_tensors_without_values_build_nothing(shape: tuple[int, ...]) -> None:
+    """Whatever their other sizes: their tokens or rows would be lists of gigabytes."""
+    tensor = torch.empty(shape, dtype=torch.bfloat16)
+    target, plan = plan_tensor(tensor, flat=False)
+    assert plan.num_tiles == 0 and plan.groups() == []
+    assert (plan.token_stride, plan.channel_stride) == tensor.stride()[-2:] and target is tensor
+    frame = kvferry.compress(tensor, kvferry.Bounded(0.1))
+    assert kvferry.decompress(frame).shape == shape
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4])

@@ -87,13 +87,13 @@ def _plan(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], token_stride: 
 
 def token_plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> TilePlan:
     """Tiles of a tensor `[..., tokens, channels]` with any strides (in elements)."""
+    if prod(shape) == 0:  # found before anything is built: the other sizes may be any
+        none = np.zeros(0, dtype=np.int32)
+        return TilePlan(none.astype(np.int64), none, none, strides[-2], strides[-1])
     *lead, tokens, channels = shape
     rows = _row_offsets(tuple(lead), strides[:-2])
     blocks = [(start, min(TILE_TOKENS, tokens - start)) for start in range(0, tokens, TILE_TOKENS)]
     inner = [(t, nt, c, nc) for t, nt in blocks for c, nc in channel_segments(channels)]
-    if len(rows) == 0 or not inner:
-        none = np.zeros(0, dtype=np.int32)
-        return TilePlan(none.astype(np.int64), none, none, strides[-2], strides[-1])
     t, nt, c, nc = (np.array(column, dtype=np.int64) for column in zip(*inner, strict=True))
     offsets = (rows[:, None] + t * strides[-2] + c * strides[-1]).ravel()
     return _plan([(offsets, np.tile(nt, len(rows)), np.tile(nc, len(rows)))], strides[-2], strides[-1])
