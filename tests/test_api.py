@@ -8,7 +8,8 @@ import torch
 
 import kvferry
 from contract.cases import gaussian
-from kvferry import BlockSpec, Bounded, Lossless, Raw
+from kvferry import BlockSpec, Bounded, Lossless, Profile, ProfileMismatch, Raw, Rope, Transform
+from kvferry.codecs import transform
 
 
 @pytest.mark.parametrize("bound", [0, 0.0, -0.0, -1e-3, -1, math.nan, math.inf, -math.inf, 10**400, -(10**400)])
@@ -126,6 +127,20 @@ def test_out_of_another_shape_or_dtype() -> None:
         with pytest.raises(ValueError, match=rf"out is .*{dtype}.*\(4, 6\).*bfloat16: pass a matching tensor"):
             kvferry.decompress(frame, out=out)
         assert not out.any()
+
+
+def test_a_frame_whose_profile_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of its own, which the docstring names; what the frame says of itself can still be read."""
+    profile = Profile.hadamard(1, 2, 8, Rope.none(8), [(0.5, 0.25)])
+    frame = kvferry.compress(gaussian((2, 9, 8), torch.bfloat16), Transform(profile, 0, "k"))
+    monkeypatch.setattr(transform, "_PROFILES", {})
+    monkeypatch.setattr(transform, "_KEPT", {})
+    out = torch.full((2, 9, 8), 7, dtype=torch.bfloat16)
+    with pytest.raises(ProfileMismatch, match=r"register_profile"):
+        kvferry.decompress(frame, out=out)
+    assert (out == 7).all()
+    assert kvferry.inspect(frame).codec == "transform"
+    assert "`ProfileMismatch`" in (kvferry.decompress.__doc__ or "")
 
 
 def test_out_is_what_is_returned() -> None:

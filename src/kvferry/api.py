@@ -43,7 +43,8 @@ class FrameInfo:
 def compress(tensor: Tensor, codec: Codec) -> bytes:
     """Encode `tensor` `[..., tokens, channels]` (any strides, CPU or CUDA) as one self-describing frame.
 
-    Raises `TypeError` for what is no dense float tensor that the codec takes, `ValueError` for one that requires grad.
+    Raises `TypeError` for what is no dense float tensor that the codec takes, `ValueError` for one that requires grad,
+    and what the codec's `encode` raises.
     """
     if not isinstance(codec, Codec):
         raise TypeError(f"codec is a {type(codec).__name__}; pass a codec object such as kvferry.Lossless()")
@@ -77,7 +78,9 @@ def decompress(
     """Decode a frame into a new contiguous tensor on `device`, or into `out` (its shape and dtype, any strides and
     device).
 
-    Raises `CorruptFrame` or `UnsupportedVersion` for frames that are not sound; `out` is untouched then.
+    Raises `CorruptFrame` or `UnsupportedVersion` for frames that are not sound, `ProfileMismatch` for a frame of
+    `transform` whose profile this process does not know (`register_profile`), `ValueError` for an `out` of another
+    shape or dtype; `out` is untouched then.
     """
     parsed = read_frame(frame)
     header = parsed.header
@@ -100,7 +103,8 @@ def decompress(
 
 
 def inspect(frame: bytes | bytearray | memoryview) -> FrameInfo:
-    """Read a frame's header (its checksum is verified). Raises as `decompress` does, but for codecs it lacks."""
+    """Read a frame's header (its checksum is verified). Raises as `decompress` does, but for codecs and profiles it
+    lacks."""
     parsed = read_frame(frame)
     header = parsed.header
     return FrameInfo(
