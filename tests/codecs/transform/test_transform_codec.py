@@ -160,6 +160,19 @@ class TestStoredAsTheyAre:
         assert torch.equal(bits_of(kvferry.decompress(frame)), bits_of(tensor))
         assert len(frame) <= codec.max_encoded_bytes(BlockSpec.of(tensor))
 
+    def test_more_than_a_frame_holds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Their bytes are counted in 32 bits."""
+        assert struct.pack("<I", transform.MOST_KEPT_BYTES) == b"\xff" * 4
+        codec = Transform(make_profile(2, 8, 1), 0, "v")
+        tensor = gaussian((2, 70, 8), torch.bfloat16)
+        tensor[1, 0, 0] = tensor[1, 69, 0] = torch.nan
+        monkeypatch.setattr(transform, "MOST_KEPT_BYTES", 70 * 8 * 2)
+        assert kvferry.decompress(kvferry.compress(tensor, codec))[1, 69, 0].isnan()
+        monkeypatch.setattr(transform, "MOST_KEPT_BYTES", 70 * 8 * 2 - 1)
+        message = r"2 blocks .* take 1120 bytes .* at most 1119: encode fewer tokens .* kvferry\.Lossless\(\)"
+        with pytest.raises(ValueError, match=message):
+            kvferry.compress(tensor, codec)
+
     def test_too_far_from_the_mean(self) -> None:
         """Beyond what a float16 coefficient says at this step."""
         tensor = gaussian((2, 150, 8), torch.bfloat16)

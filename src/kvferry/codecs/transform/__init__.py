@@ -37,6 +37,8 @@ _NO_VALUES = np.zeros(0, dtype=np.int64)
 SCALES = tuple(float(np.float32(2.0 ** (i / 8))) for i in range(-48, 65))
 """What `ratio` chooses from, in units of the profile's steps; of float32, where all machines' powers agree."""
 COEFFICIENTS = torch.float16
+MOST_KEPT_BYTES = (1 << 32) - 1
+"""Of the values that a frame holds as they are."""
 MOST_POSITIONS = 1 << 48
 """Positions are below: float64 holds them, and a frame's header says so of sizes."""
 ROUNDING = 2.0**-21
@@ -143,7 +145,7 @@ class Transform(Codec):
 
     def encode(self, tensor: Tensor) -> Encoded:
         """Encode K or V `[..., heads, tokens, head_dim]`. Raises `ProfileMismatch` for another shape, `BoundTooTight`
-        where no step gives the `ratio`."""
+        where no step gives the `ratio`, `ValueError` for 4 GiB or more in blocks that are stored as they are."""
         part = self.part
         rows = self._layers(tensor)
         coefficients = torch.empty(rows.shape, dtype=COEFFICIENTS, device=tensor.device)
@@ -365,13 +367,20 @@ def _zero_blocks(rows: Tensor, blocks: list[tuple[int, int, int]], groups: int) 
 
 
 def _pack_special(rows: Tensor, blocks: list[tuple[int, int, int]], groups: int) -> bytes:
-    """`u32 count, u32 bytes`, the blocks' numbers u32, their values; padded to 8."""
+    """`u32 count, u32 bytes`, the blocks' numbers u32, their values; padded to 8. Raises `ValueError` for too many."""
+    num_bytes = sum(_block(rows, groups, place).numel() for place in blocks) * rows.element_size()
+    if num_bytes > MOST_KEPT_BYTES:
+        raise ValueError(
+            f"{len(blocks)} blocks have values that are not finite or too far from the profile's mean, and take "
+            f"{num_bytes} bytes as they are, where a frame holds at most {MOST_KEPT_BYTES}: encode fewer tokens at a "
+            "time, or use kvferry.Lossless()"
+        )
     per_row = -(-rows.shape[2] // TILE_TOKENS)
     numbers = np.array([(row * groups + group) * per_row + block for row, group, block in blocks], dtype="<u4")
     values = b"".join(
         _block(rows, groups, place).contiguous().view(torch.uint8).cpu().numpy().tobytes() for place in blocks
     )
-    body = _COUNT.pack(len(blocks), len(values)) + numbers.tobytes() + values
+    body = _COUNT.pack(len(blocks), num_bytes) + numbers.tobytes() + values
     return body.ljust(-(-len(body) // 8) * 8, b"\0")
 
 
