@@ -17,8 +17,8 @@ from contract.slot_cases import (
     noise,
     take_apart,
 )
-from kvferry import Bounded, Lossless, SlotCodec
-from kvferry.codecs.slots import raw_slot_bytes
+from kvferry import Bounded, Lossless, PagedKV, SlotCodec
+from kvferry.codecs.slots import raw_slot_bytes, slot_bytes_for
 from kvferry.format.slot import SlotStatus
 
 BOUNDED = [codec for codec in slot_cases.slot_codecs() if isinstance(codec, Bounded)]
@@ -124,6 +124,37 @@ class TestOverflow:
         assert (fields["state"], fields["relaxed"], fields["bound_used"]) == (2, 64, 2.0**126)
         expected = frame_tiles(chunk_rows(words.view(torch.float32), TABLE[0]), Bounded(2.0**126, relative=False))
         assert fields["payload_bytes"] == sum(map(len, expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cases.HAS_CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("num_sms", [None, 1])
+@pytest.mark.parametrize("packing", cases.PACKINGS)
+def test_many_chunks_overflow_at_once(packing: str, num_sms: int | None) -> None:
+    """Each as often as it needs, by all blocks of a GPU together, or by few: the reference's bytes, and no lock."""
+    chunks, pages = 60, 5
+    codec = Bounded(0.01, relative=False, packing=packing)
+    generator = torch.Generator().manual_seed(2)
+    layer = torch.randn(chunks * pages, 2, 16, 2 * 64, generator=generator)
+    layer *= 2.0 ** torch.randint(-6, 6, (chunks * pages, 1, 1, 1), generator=generator)
+    table = torch.arange(chunks * pages, dtype=torch.int32).view(chunks, pages)
+    names = torch.arange(2 * chunks).view(chunks, 2)
+    index = torch.arange(chunks, dtype=torch.int32).flip(0)
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        kv = PagedKV.heads_first([layer.bfloat16().to(device)], 64)
+        slot_codec = SlotCodec(kv, codec, pages, slot_bytes_for(kv, codec, pages, 4.0), num_sms=num_sms)
+        slots = torch.zeros(chunks, slot_codec.slot_bytes, dtype=torch.uint8, device=device)
+        slot_codec.encode(table.to(device), slots, index.to(device), names.to(device))
+        found.append(slots.cpu())
+    relaxed = set()
+    for number in range(chunks):
+        fields = take_apart(found[0][number]).fields
+        relaxed.add(int(fields["relaxed"]))
+        end = 64 if fields["state"] == 2 else slot_codec.payload_at + int(fields["payload_bytes"])
+        for slots in found[1:]:
+            assert torch.equal(slots[number, :end], found[0][number, :end])
+    assert len(relaxed) > 5, "chunks must differ in how often they are tried"
 
 
 @pytest.mark.parametrize("place", PLACES)

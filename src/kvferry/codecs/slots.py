@@ -16,6 +16,7 @@ from kvferry.codecs.base import Codec
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.bounded.steps import LARGEST_BOUND
 from kvferry.codecs.checks import gpu_kernels, one_of
+from kvferry.codecs.fitting import SEARCH, Ladder
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.raw import Raw
 from kvferry.codecs.tiling import TILE_TOKENS, channel_segments, raw_tile_bytes
@@ -48,8 +49,10 @@ class SlotCodec:
     tokens that RoPE has angles for; what lies behind is turned as the last one). `on_overflow` says what becomes of a
     chunk that does not fit: "relax" doubles the error bounds of all its tiles, as few times as needed and at most
     `max_relaxations` times (0 to 64); if that is not enough, or with "reject", or where the codec is exact, the slot
-    says that the chunk was rejected. `bounds` float32 `[num_lines]` on kv's device stands in for an absolute
-    `error_bound`, line by line. `num_sms`: how much of a GPU may be used (None: all).
+    says that the chunk was rejected. A `Transform` to a `ratio` has a fixed rate instead, the slot's size (which
+    `slot_bytes_for` makes of a ratio): each chunk takes the smallest bound of `fitting.SCALES` that a few tries find to
+    fit. `bounds` float32 `[num_lines]` on kv's device stands in for an absolute `error_bound`, line by line. `num_sms`:
+    how much of a GPU may be used (None: all).
 
     Raises `ValueError` (`TypeError` for another type) for anything else.
     """
@@ -134,11 +137,13 @@ class SlotCodec:
         """Where a slot's tiles start: behind header and directory."""
         return HEADER_BYTES + DIRECTORY_BYTES * self.num_tiles
 
-    @property
-    def relaxations(self) -> int:
-        """How often bounds may be doubled."""
+    @cached_property
+    def ladder(self) -> Ladder:
+        """The bounds that a chunk may be tried at."""
+        if isinstance(self.codec, Transform) and self.codec.ratio is not None:
+            return SEARCH
         lossy = isinstance(self.codec, (Bounded, Transform))
-        return self.max_relaxations if self.on_overflow == "relax" and lossy else 0
+        return Ladder(1 + (self.max_relaxations if self.on_overflow == "relax" and lossy else 0))
 
     @cached_property
     def header(self) -> np.ndarray:
@@ -241,6 +246,11 @@ class CoefficientSlots(SlotCodec):
 
     tile_bounds: Tensor | None = None
     outer: SlotCodec | None = None
+
+    @cached_property
+    def ladder(self) -> Ladder:
+        assert self.outer is not None
+        return self.outer.ladder
 
     @cached_property
     def header(self) -> np.ndarray:
@@ -372,8 +382,6 @@ def _check_transform(kv: PagedKV, codec: Transform) -> None:
     profile = codec.profile
     if codec.layer is not None:
         raise ValueError(f"the Transform is for layer {codec.layer} alone: leave out layer and side for a whole cache")
-    if codec.ratio is not None:
-        raise ValueError(f"ratio={codec.ratio} has no meaning in slots, whose size says it: give an error_bound")
     head = [width for _, width in channel_segments(profile.head_dim)]
     if list(kv.channels) != 2 * len(profile.layers) * profile.heads * head:
         raise ProfileMismatch(

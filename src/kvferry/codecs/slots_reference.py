@@ -1,7 +1,7 @@
 """Chunks into slots and back in plain PyTorch and NumPy, tiles by the same code as frames: what CPU tensors take, and
 what the GPU's slots are compared with, byte for byte."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from kvferry.blocks import BIT_DTYPES, as_bits
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.bounded import reference as bounded
 from kvferry.codecs.bounded.steps import SAMPLED_TOKENS, tile_statistics
+from kvferry.codecs.fitting import Fit
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.lossless import reference as lossless
 from kvferry.codecs.tiles import BATCH_TILES, coded_values, impossible_tiles, raw_rows, raw_values, tile_rows
@@ -105,16 +106,18 @@ def encode(slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_inde
     pages, index = _checked(slot_codec, page_table, slots, slot_index)
     identity = identities.numpy().view(np.uint64)
     at_once = max(1, TILES_AT_ONCE // slot_codec.num_tiles)
+    fits = [Fit(slot_codec.ladder) for _ in index]
     for start in range(0, len(index), at_once):
-        todo = np.arange(start, min(start + at_once, len(index)))
-        for doublings in range(slot_codec.relaxations + 1):
-            header = slot_codec.header.repeat(len(todo))
-            header["relaxed"], header["identity"] = doublings, identity[todo]
-            bounds = None if tile_bounds is None else tile_bounds[torch.from_numpy(todo)]
-            fits = _encode_once(slot_codec, pages[todo], slots.numpy(), index[todo], header, bounds)
-            todo = todo[~fits]
-            if not len(todo):
-                break
+        todo = list(range(start, min(start + at_once, len(index))))
+        while todo:
+            level = fits[todo[0]].level
+            some = np.array([chunk for chunk in todo if fits[chunk].level == level])
+            header = slot_codec.header.repeat(len(some))
+            header["identity"] = identity[some]
+            bounds = None if tile_bounds is None else tile_bounds[torch.from_numpy(some)]
+            own = [fits[chunk] for chunk in some]
+            done = _encode_once(slot_codec, pages[some], slots.numpy(), index[some], header, bounds, own)
+            todo = sorted(set(todo) - set(some[done].tolist()))
 
 
 def _encode_once(
@@ -124,21 +127,24 @@ def _encode_once(
     index: np.ndarray,
     header: np.ndarray,
     tile_bounds: Tensor | None,
+    tries: Sequence[Fit],
 ) -> np.ndarray:
-    """Write the chunks that fit at the bounds doubled `header["relaxed"]` times, and say which: bool `[chunks]`. After
-    the last doubling that is allowed, write that the others are rejected."""
+    """Try the chunks at the level that all of `tries` are at. Write those that this was the last try of, whether they
+    fit or are rejected, and say which: bool `[chunks]`."""
     chunks = _Chunks(slot_codec, page_table)
-    num_tiles = slot_codec.num_tiles
-    doublings = int(header["relaxed"][0])
+    num_tiles, ladder, level = slot_codec.num_tiles, slot_codec.ladder, tries[0].level
+    header["relaxed"] = 0 if ladder.searches else level
     sizes = np.zeros((len(index), num_tiles), dtype=np.int64)
     coded: list[tuple[_Batch, np.ndarray]] = []
     for batch in chunks.batches(np.ones_like(sizes, dtype=bool)):
-        rows, length, bound = _tiles(slot_codec, batch, chunks.gather(batch), tile_bounds, doublings)
+        rows, length, bound = _tiles(slot_codec, batch, chunks.gather(batch), tile_bounds, ladder.factor(level))
         sizes[batch.chunk, batch.tile] = length
         np.maximum.at(header["bound_used"], batch.chunk, bound)
         coded.append((batch, rows))
     ends = np.cumsum(sizes, 1)
-    fits = ends[:, -1] <= slot_codec.slot_bytes - slot_codec.payload_at
+    room = slot_codec.slot_bytes - slot_codec.payload_at
+    done = np.array([fit.tried(int(payload), room) for fit, payload in zip(tries, ends[:, -1], strict=True)])
+    fits = done & (ends[:, -1] <= room)
     directory = np.zeros(sizes.shape, dtype=slot.DIRECTORY)
     directory["end"] = ends
     for batch, rows in coded:
@@ -150,10 +156,9 @@ def _encode_once(
             slots[number, at : at + size] = row[:size]
     header["state"] = np.where(fits, SlotState.USABLE, SlotState.REJECTED)
     header["payload_bytes"] = ends[:, -1]
-    done = fits | (doublings == slot_codec.relaxations)
     slots[index[done], : slot.HEADER_BYTES] = slot.seal_headers(header[done])
     slots[index[fits], slot.HEADER_BYTES : slot_codec.payload_at] = directory[fits].view(np.uint8)
-    return fits
+    return done
 
 
 def _checksums(rows: np.ndarray, identity: np.ndarray, tile: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -163,7 +168,7 @@ def _checksums(rows: np.ndarray, identity: np.ndarray, tile: np.ndarray, size: n
 
 
 def _tiles(
-    slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, tile_bounds: Tensor | None, doublings: int
+    slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, tile_bounds: Tensor | None, looser: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows of tile bytes uint8 `[N, L]`, sizes int64 `[N]`, largest bound of each tile float32 `[N]`) of bit patterns
     `[N, T, C]`."""
@@ -171,13 +176,13 @@ def _tiles(
     if coder is None:
         rows = raw_rows(bits)
         return rows.numpy(), np.full(len(bits), rows.shape[1]), np.zeros(len(bits), dtype=np.float32)
-    columns, bound = _columns(slot_codec, batch, bits, tile_bounds, doublings)
+    columns, bound = _columns(slot_codec, batch, bits, tile_bounds, looser)
     rows, length = tile_rows(bits, columns, coder.layout, coder.packer)
     return rows.numpy(), length.numpy(), bound.numpy()
 
 
 def _columns(
-    slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, tile_bounds: Tensor | None, doublings: int
+    slot_codec: "SlotCodec", batch: _Batch, bits: Tensor, tile_bounds: Tensor | None, looser: float
 ) -> tuple[Columns, Tensor]:
     """What the packer codes, and the largest bound of each tile, float32 `[N]`."""
     codec, dtype = slot_codec.codec, slot_codec.kv.dtype
@@ -191,7 +196,7 @@ def _columns(
         absolute = absolute[torch.from_numpy(batch.tile % slot_codec.kv.num_lines)]
     if tile_bounds is not None:
         absolute = tile_bounds[torch.from_numpy(batch.chunk), torch.from_numpy(batch.tile)]
-    steps = codec.steps_from_statistics(low, high, exponent_sum, sampled, dtype, absolute=absolute, doublings=doublings)
+    steps = codec.steps_from_statistics(low, high, exponent_sum, sampled, dtype, absolute=absolute, looser=looser)
     columns = bounded.to_columns(values, bits, steps, codec.mode, PACKERS[codec.packing].group_tokens)
     return columns, steps.bound.flatten(1).amax(1) if steps.bound.dim() == 2 else steps.bound
 

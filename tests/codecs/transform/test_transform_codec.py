@@ -28,7 +28,7 @@ from kvferry import (
     UnsupportedVersion,
 )
 from kvferry.codecs import transform
-from kvferry.codecs.transform import SCALES
+from kvferry.codecs.fitting import SCALES
 from kvferry.format.frame import Frame, read_frame, write_frame
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -10,6 +10,7 @@ from torch import Tensor
 import kvferry
 from contract.cases import HAS_CUDA
 from kvferry import PagedKV, Profile, Rope, SlotCodec, Transform
+from kvferry.codecs.fitting import SCALES
 from kvferry.codecs.slots import raw_slot_bytes, slot_bytes_for
 from kvferry.codecs.transform import l2_bound, relative_error
 from kvferry.codecs.transform.profile import Layer, SideProfile
@@ -164,6 +165,46 @@ def test_what_does_not_fit_is_relaxed_or_rejected() -> None:
     assert decoded(slot_codec, slots) == [SlotStatus.REJECTED] * 2
 
 
+@pytest.mark.parametrize("ratio", [2.0, 3.5, 6.0])
+def test_a_fixed_rate_uses_its_slot(ratio: float) -> None:
+    """Chunks of different scales, each at the finest bound that fits; the bound of each holds."""
+    of, _ = CASES["groups of two"]
+    before = engine(of)
+    for tensor in before:
+        tensor[TABLE[1].clamp(min=0).long()] *= 3
+    tensors = [tensor.clone() for tensor in before]
+    slot_codec, slots = encoded(paged(tensors, of), Transform(of, ratio=ratio), ratio=ratio)
+    headers = [SlotHeader.unpack(slots[number, :64].numpy().tobytes()) for number in (1, 0)]
+    room = slot_codec.slot_bytes - slot_codec.payload_at
+    for number, header in enumerate(headers):
+        assert (header.state, header.relaxed) == (SlotState.USABLE, 0)
+        level = SCALES.index(2 * header.bound_used)
+        finer = Transform(of, error_bound=SCALES[level - 1])
+        _, rejected = encoded(paged([t.clone() for t in before], of), finer, ratio=ratio, on_overflow="reject")
+        fits = SlotHeader.unpack(rejected[1 - number, :64].numpy().tobytes()).state is SlotState.USABLE
+        assert not fits or (room - header.payload_bytes) * 64 <= room
+    assert headers[1].bound_used > headers[0].bound_used
+    for tensor in tensors:
+        tensor.fill_(77)
+    assert decoded(slot_codec, slots) == [0, 0]
+    for (part, x), (_, y) in zip(vectors(before, of), vectors(tensors, of), strict=True):
+        for header, pages in zip(headers, TABLE.long(), strict=True):
+            used = pages[pages >= 0]
+            error = (y - x)[:, used].norm(dim=-1)
+            unit = y[:, used].abs() * torch.finfo(torch.bfloat16).eps / 2
+            distance = x[:, used].norm(dim=-1) + part.mean.double().norm(dim=-1)[:, None, None]
+            most = l2_bound(part, 2 * header.bound_used) + relative_error(part) * distance + unit.norm(dim=-1)
+            assert bool((error <= most).all())
+
+
+def test_a_fixed_rate_that_no_bound_gives_is_rejected() -> None:
+    of, _ = CASES["groups of two"]
+    before = engine(of)
+    before[0][TABLE[0].long()] = math.nan  # kept bit for bit, whatever the bound
+    slot_codec, slots = encoded(paged(before, of), Transform(of, ratio=8.0), ratio=8.0)
+    assert decoded(slot_codec, slots) == [SlotStatus.REJECTED, SlotStatus.GOOD]
+
+
 def test_a_bad_slot_touches_no_page() -> None:
     of, _ = CASES["groups of two"]
     tensors = engine(of)
@@ -189,7 +230,6 @@ def test_another_profile_is_another_kind_of_slot() -> None:
     ("change", "error", "message"),
     [
         ({"layer": 0, "side": "k"}, ValueError, "layer 0 alone"),
-        ({"ratio": 4.0}, ValueError, "no meaning in slots"),
         ({"profile": profile(heads=2)}, kvferry.ProfileMismatch, "2 heads of 32"),
     ],
 )
@@ -228,8 +268,9 @@ def test_the_gpu_makes_the_references_bytes(name: str, layout: str, nasty: bool)
             tensor[(chance > 0.2) & (chance < 0.2001)] = 3e4
             tensor[..., 0] *= 1e-4
         of = of.with_steps([(1e-4, 1e-3)] * len(of.layers))
-    codec = Transform(of, packing="bitpack" if nasty else "ans")
-    for ratio in (None, 2.5):
+    packing = "bitpack" if nasty else "ans"
+    loose, fixed = Transform(of, packing=packing), Transform(of, packing=packing, ratio=2.5)
+    for codec, ratio in ((loose, None), (loose, 2.5), (fixed, 2.5), (fixed, 5.0)):
         tensors, on_gpu = [tensor.clone() for tensor in original], [tensor.cuda() for tensor in original]
         slot_codec, expected = encoded(paged(tensors, of, layout), codec, ratio)
         gpu_codec, found = encoded(paged(on_gpu, of, layout), codec, ratio)

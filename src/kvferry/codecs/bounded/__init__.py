@@ -15,7 +15,7 @@ from kvferry.codecs.bounded import reference
 from kvferry.codecs.bounded.steps import (
     SAMPLED_TOKENS,
     bound_from_range,
-    double_bound,
+    loosen_bound,
     round_down,
     step_from_bound,
     tile_statistics,
@@ -123,13 +123,13 @@ class Bounded(Codec):
         dtype: torch.dtype,
         *,
         absolute: Tensor | None = None,
-        doublings: int = 0,
+        looser: float = 1.0,
     ) -> reference.Steps:
         """Bounds and steps from each channel's smallest and largest finite value, float32 `[N, C]` (+inf and -inf
         where there is none), and each tile's exponent sum over `sampled` values, int64 `[N]`.
 
-        `absolute` float32 `[N]` (at most 2**126) stands in for an absolute error bound; `doublings` is how often
-        bounds are doubled once they are made.
+        `absolute` float32 `[N]` (at most 2**126) stands in for an absolute error bound; `looser` (a float32) is
+        what bounds are multiplied by once they are made.
         """
         kind = self._bound_kind
         if kind == "none":
@@ -142,7 +142,7 @@ class Bounded(Codec):
             if kind == "tensor" and len(low):
                 low, high = low.amin().expand(len(low)), high.amax().expand(len(high))
             bound = bound_from_range(low, high, self.error_bound)
-        bound = double_bound(bound, doublings)
+        bound = loosen_bound(bound, looser)
         mantissa = reference.MANTISSA_BITS[dtype]
         step, inverse = step_from_bound(bound, exponent_sum.long(), sampled, mantissa, kind == "channel")
         return reference.Steps(step, inverse, bound)

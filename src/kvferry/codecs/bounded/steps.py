@@ -33,9 +33,9 @@ def round_down(bound: Tensor) -> Tensor:
     return torch.where(nearest.double() > bound, below, nearest).clamp(max=LARGEST_BOUND)
 
 
-def double_bound(bound: Tensor, times: int) -> Tensor:
-    """`bound` float32, doubled `times` (at most 127) times, and not above 2**126."""
-    return (bound * 2.0**times).clamp(max=LARGEST_BOUND)
+def loosen_bound(bound: Tensor, factor: float) -> Tensor:
+    """`bound` float32 times `factor` (a float32 below 2**128), and not above 2**126."""
+    return (bound * factor).clamp(max=LARGEST_BOUND)
 
 
 def tile_statistics(values: Tensor, ranges: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,31 +15,70 @@ __device__ __forceinline__ void write_directory(const Source &s, const Sink &sin
     if (lane < 2) directory[2 * tile.local + lane] = lane ? checksum : (u32)end;
 }
 
-// A chunk whose last tile has its place: its header, or a mark that it needs a looser bound.
-__device__ __noinline__ void finish_chunk(int chunk, u32 payload, int relaxed, int lane) {
+// A chunk that was tried at `level` and takes `payload` bytes: its header, or it is tried again.
+__device__ __noinline__ void finish_chunk(int chunk, u32 payload, int level, int lane) {
     const Sink &sink = the_sink;
     const int tiles = the_source.tiles_per_chunk;
-    const bool fits = sink.payload_at(tiles) + (i64)payload <= sink.slot_bytes;
-    if (!fits && relaxed < sink.max_relaxations) {
-        if (lane == 0) poke(sink.overflow(chunk), 1);
+    const i64 room = sink.slot_bytes - sink.payload_at(tiles);
+    const bool fits = (i64)payload <= room;
+    Chunk &known = sink.chunk(chunk);
+    int next = -1;
+    if (sink.ladder.retries && lane == 0) next = next_level(known, level, payload, room);
+    next = __shfl_sync(FULL, next, 0);
+    if (next >= 0) {
+        // Whoever works on the chunk next finds it as if it were new. (A first try's tiles may still look at their own words.)
+        if (the_retry)
+            for (int i = lane; i < tiles; i += 32) poke(sink.status(chunk * tiles + i), 0);
+        if (lane == 0) {
+            poke(&known.bound, 0);
+            poke(&known.settled, 0);
+        }
+        __threadfence();
+        __syncwarp();
+        if (lane == 0) list_again(chunk, next);
         return;
     }
+    level &= FINAL - 1;
     const u64 *identity = sink.identities + 2 * chunk;
     u32 v = 0;
     if (lane == 0) v = SLOT_MAGIC;
     else if (lane == 1) v = SLOT_VERSION | SLOT_HEADER << 16;
     else if (lane == 2) v = sink.facts.kind;
-    else if (lane == 3) v = (fits ? USABLE : REJECTED) | relaxed << 8 | sink.facts.relative_to << 16;
+    else if (lane == 3) v = (fits ? USABLE : REJECTED) | (sink.ladder.searches ? 0 : level) << 8 | sink.facts.relative_to << 16;
     else if (lane == 4) v = tiles;
     else if (lane == 5) v = payload;
-    else if (lane == 6) v = BOUNDED && the_bounds.uniform() ? __float_as_uint(loosened(the_bounds.bound, relaxed)) : peek(sink.bound(chunk));
+    else if (lane == 6) v = BOUNDED && the_bounds.uniform() ? __float_as_uint(loosened(the_bounds.bound, looser_at(level))) : peek(&known.bound);
     else if (lane == 7) v = sink.facts.layout_digest;
     else if (lane < 12) v = (u32)(identity[(lane - 8) / 2] >> (lane & 1 ? 32 : 0));
     else if (lane == 12) v = sink.facts.tokens;
     const u64 sum = warp_sum64(lane < 15 ? hash_term(v, lane) : 0);
     if (lane == 15) v = hash_end(sum);
     if (lane < 16) ((u32 *)sink.slot(chunk))[lane] = v;
-    if (lane == 0) poke(sink.overflow(chunk), 0);
+    if (the_retry && lane == 0) atomicSub(&sink.tickets().open, 1u);
+}
+
+// A tile that is where it belongs, and ends at `end`. In a first try a chunk is finished by its last tile, the others' bytes being on
+// their way. Who tries it again must not overtake those of the last try: then it is finished by whichever tile is the last to settle.
+__device__ __noinline__ void settled(int chunk, int local, i64 end, int level, int lane) {
+    if constexpr (!PAGED) return;
+    const Sink &sink = the_sink;
+    const int tiles = the_source.tiles_per_chunk;
+    const bool last = local + 1 == tiles;
+    u32 payload = (u32)end;
+    if (the_retry) {
+        Chunk &known = sink.chunk(chunk);
+        if (last && lane == 0) poke(&known.payload, payload);
+        __threadfence();
+        __syncwarp();
+        u32 before = 0;
+        if (lane == 0) before = atomicAdd(&known.settled, 1u);
+        if (__shfl_sync(FULL, before, 0) + 1 != (u32)tiles) return;
+        __threadfence();
+        payload = peek(&known.payload);
+    } else if (!last) {
+        return;
+    }
+    finish_chunk(chunk, payload, level, lane);
 }
 
 __device__ __forceinline__ u64 planes_of(const Tile &tile, u8 *out, int planes_at, int lane) {
@@ -59,7 +98,9 @@ struct Pending {
 
 constexpr int SCRATCH_BYTES = 8192;
 
-__device__ __noinline__ void settle(const Pending pending, const u8 *scratch, int relaxed, int lane) {
+__shared__ int the_pending_level[KVF_THREADS / 32];  // of each warp's; registers are dear
+
+__device__ __noinline__ void settle(const Pending pending, const u8 *scratch, int lane) {
     const Source &s = the_source;
     const Sink &sink = the_sink;
     const Tile tile(s, pending.tile);
@@ -92,7 +133,7 @@ __device__ __noinline__ void settle(const Pending pending, const u8 *scratch, in
         }
         write_directory(s, sink, tile, writer, pending.size, end, lane);
     }
-    if (PAGED && tile.local + 1 == s.tiles_per_chunk) finish_chunk(tile.chunk, (u32)end, relaxed, lane);
+    settled(tile.chunk, tile.local, end, the_pending_level[threadIdx.x >> 5], lane);
 }
 
 // Warps of a block go through a tile's phases together, so that the code of one phase at a time needs to be at hand. Warps without a
@@ -102,12 +143,12 @@ constexpr int PHASES = RAW ? 0 : 2;
 __device__ __forceinline__ void next_phase() { __syncthreads(); }
 
 template <int CPL>
-__device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, const Tile &tile, const Bounds &bounds, int relaxed, const int *radius,
+__device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, const Tile &tile, const Bounds &bounds, const int *radius,
                                             u32 tables, const Stage &stage, u8 *scratch, Pending &pending, int lane) {
     const int tokens = tile.tokens, channels = tile.channels, raw_size = tile.raw_size();
     if constexpr (RAW) {
         publish(sink, tile, 0.0f, raw_size, lane);
-        settle(Pending{tile.index, raw_size, 0, -1, 0}, scratch, relaxed, lane);
+        settle(Pending{tile.index, raw_size, 0, -1, 0}, scratch, lane);
         return;
     } else {
         const Rows<CPL> rows(s, tile, lane);
@@ -118,7 +159,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         rows.load_rows(rows.group(0), 0, tokens, ahead);
         float most_bound = 0.0f;
         if constexpr (BOUNDED) {
-            make_quantisers<CPL>(s, tile, rows, bounds, relaxed, quantisers.each, lane);
+            make_quantisers<CPL>(s, tile, rows, bounds, looser_at(the_round.level & (FINAL - 1)), quantisers.each, lane);
             most_bound = quantiser[0].bound;
             if (CHANNEL_STEPS) {
 #pragma unroll
@@ -194,9 +235,11 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         const int size = raw ? raw_size : coded_size;
         publish(sink, tile, most_bound, size, lane);
         next_phase();
-        if (pending.tile >= 0) settle(pending, scratch, relaxed, lane);
+        if (pending.tile >= 0) settle(pending, scratch, lane);
         __syncwarp();
         pending = {tile.index, size, layout.planes_at, raw ? -1 : layout.steps_at - layout.planes_at, 0};
+        if (lane == 0) the_pending_level[threadIdx.x >> 5] = the_round.level;
+        __syncwarp();
         if (raw) return;
         // What does not fit the scratch goes to its place at once.
         const bool at_once = size - pending.gap > SCRATCH_BYTES;
@@ -204,7 +247,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         u8 *const out = at_once ? place(s, sink, tile, size, end, lane) : scratch;
         if (!out) {
             pending.tile = -1;
-            if (PAGED && tile.local + 1 == s.tiles_per_chunk) finish_chunk(tile.chunk, (u32)end, relaxed, lane);
+            settled(tile.chunk, tile.local, end, the_round.level, lane);
             return;
         }
         Writer writer = {out, 0}, behind = {at_once ? out : out - pending.gap, 0};  // before and behind the planes
@@ -252,52 +295,71 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         if (at_once) {
             write_directory(s, sink, tile, writer, size, end, lane);
             pending.tile = -1;
-            if (PAGED && tile.local + 1 == s.tiles_per_chunk) finish_chunk(tile.chunk, (u32)end, relaxed, lane);
+            settled(tile.chunk, tile.local, end, the_round.level, lane);
         }
         __syncwarp();
     }
 }
 
-__device__ __noinline__ void encode_tiles(int first, int count, u32 *ticket, int relaxed,
-                                          const int *radius, u32 tables, const Stage stage) {
+__device__ __noinline__ void encode_tiles(const int *radius, u32 tables, const Stage stage) {
     const Source &s = the_source;
     const Sink &sink = the_sink;
+    constexpr int WARPS = KVF_THREADS / 32;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    u8 *scratch = sink.scratch + ((i64)blockIdx.x * (KVF_THREADS / 32) + warp) * SCRATCH_BYTES;
+    u8 *scratch = sink.scratch + ((i64)blockIdx.x * WARPS + warp) * SCRATCH_BYTES;
     Pending pending = {-1};
+    if (lane == 0) the_pending_level[warp] = sink.ladder.first;
     // A block takes a round of tiles, one a warp. Asking for the next ticket ahead of time makes everyone behind it wait: tried, 6% slower.
-    __shared__ int round;
-    const int each = relaxed ? KVF_THREADS / 32 : max(1, min(KVF_THREADS / 32, (count + (int)gridDim.x - 1) / (int)gridDim.x));
     for (;;) {
+        u32 ticket = 0;
         __syncthreads();
-        if (threadIdx.x == 0) round = (int)atomicAdd(ticket, (u32)each);
+        if (threadIdx.x == 0) {
+            if (the_retry) {
+                ticket = atomicAdd(&sink.tickets().again, 1u);
+                the_round = listed_round(ticket);
+            } else {
+                const int first = (int)atomicAdd(&sink.tickets().first, (u32)the_share);
+                the_round = {first, min(the_share, s.num_tiles - first), sink.ladder.first};
+            }
+        }
         __syncthreads();
-        const int active = min(each, count - round), i = round + warp;
-        if (active <= 0) break;
-        if (warp >= active) {
+        if (the_retry && !the_round.active) {
+            // What this block holds back may be what it waits for.
+            if (pending.tile >= 0) settle(pending, scratch, lane);
+            pending.tile = -1;
+            __syncthreads();
+            if (threadIdx.x == 0) the_round = wait_for_round(ticket);
+            __syncthreads();
+        }
+        if (the_round.active <= 0) break;
+        if (warp >= the_round.active) {
             for (int p = 0; p < PHASES; ++p) next_phase();
             continue;
         }
-        const Tile tile(s, first + i);
+        const Tile tile(s, the_round.first + warp);
 #define KVF_ENCODE(CPL)                                                                                                     \
     case CPL:                                                                                                               \
-        encode_tile<CPL>(s, sink, tile, the_bounds, relaxed, radius, tables, stage, scratch, pending, lane);           \
+        encode_tile<CPL>(s, sink, tile, the_bounds, radius, tables, stage, scratch, pending, lane);           \
         break
         switch ((tile.channels + 31) / 32) { KVF_EACH_CPL(KVF_ENCODE) }
         __syncwarp();
     }
-    if (pending.tile >= 0) settle(pending, scratch, relaxed, lane);
+    if (pending.tile >= 0) settle(pending, scratch, lane);
 }
 
-// `retry` 0: all tiles. `retry` 1: the chunks that overflowed, one block each, at twice, four times, ... the bound until they fit.
+// `retry` 0: all tiles. `retry` 1: the chunks that are on the list.
 extern "C" __global__ void __launch_bounds__(KVF_THREADS, KVF_BLOCKS)
     kvf_encode(Source src, Sink sink, Bounds bounds, const uint2 *tables, const int *radius, int retry) {
     extern __shared__ uint4 shared[];
-    __shared__ u32 ticket;
+    if (retry && !sink.tickets().overflowed) return;
     if (threadIdx.x == 0) {
         the_source = src;
         the_sink = sink;
+        the_sink.status_at = retry ? src.num_tiles : 0;
         the_bounds = bounds;
+        the_retry = retry != 0;
+        const int count = retry ? (int)sink.tickets().overflowed * src.tiles_per_chunk : src.num_tiles;
+        the_share = max(1, min(KVF_THREADS / 32, (count + (int)gridDim.x - 1) / (int)gridDim.x));
     }
     uint2 *shared_tables = (uint2 *)shared;
     constexpr int TABLE_ENTRIES = ANS && !RAW ? NUM_TABLES * ALPHABET : 0;
@@ -305,26 +367,5 @@ extern "C" __global__ void __launch_bounds__(KVF_THREADS, KVF_BLOCKS)
     __syncthreads();
     u8 *mine = (u8 *)(shared_tables + TABLE_ENTRIES) + (threadIdx.x >> 5) * STAGE_BYTES;
     const Stage stage = {shared_address(mine), (u32 *)(mine + CODE_BYTES), (u32 *)(mine + CODE_BYTES) + EXACT_WORDS};
-    const u32 tables_address = shared_address(shared_tables);
-    if (!retry) {
-        encode_tiles(0, src.num_tiles, sink.work, 0, radius, tables_address, stage);
-        return;
-    }
-    const int tiles = src.tiles_per_chunk;
-    for (int chunk = blockIdx.x; chunk < sink.num_chunks; chunk += gridDim.x) {
-        for (int relaxed = 1; peek(sink.overflow(chunk)) != 0; ++relaxed) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < tiles; i += blockDim.x) poke(sink.status(chunk * tiles + i), 0);
-            if (threadIdx.x == 0) {
-                ticket = 0;
-                poke(sink.bound(chunk), 0);
-            }
-            __threadfence();
-            __syncthreads();
-            encode_tiles(chunk * tiles, tiles, &ticket, relaxed, radius, tables_address, stage);
-            __threadfence();
-            __syncthreads();
-        }
-        __syncthreads();
-    }
+    encode_tiles(radius, shared_address(shared_tables), stage);
 }

@@ -79,6 +79,7 @@ def _encode(tensor: Tensor, plan: TilePlan, case: Case, bounds: kernels.Bounds) 
             work=work.data_ptr(),
             scratch=scratch.data_ptr(),
             num_chunks=1,
+            ladder=kernels.Ladder(levels=1),
         )
         source = on_device.source(first, count)
         pointers = ctypes.c_void_p(tables.data_ptr()), ctypes.c_void_p(radius.data_ptr())
@@ -87,7 +88,8 @@ def _encode(tensor: Tensor, plan: TilePlan, case: Case, bounds: kernels.Bounds) 
         sizes.append(np.diff(ends, prepend=0))
         payloads.append(payload[: int(ends[-1])].cpu())
         # Where tiles have bounds of their own, the kernel says which was the largest.
-        bound_used = max(bound_used, float(work[3:4].view(torch.float32)) if bounds.relative > 0 else bounds.bound)
+        largest = float(work[kernels.FIRST_BOUND :][:1].view(torch.float32)) if bounds.relative > 0 else bounds.bound
+        bound_used = max(bound_used, largest)
     return np.concatenate(sizes), torch.cat(payloads), bound_used
 
 

@@ -74,7 +74,7 @@ class Case:
             parts = ["common", "decode"]
         else:
             parts = ["common", "quantise", "choose", "gather"]
-            parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode", "place", "write", "encode"]
+            parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode", "place", "fit", "write", "encode"]
         folder = files(__package__)
         return "".join(folder.joinpath(f"{part}.cu").read_text() for part in parts)
 
@@ -135,8 +135,19 @@ class SlotFacts(ctypes.Structure):
     )
 
 
+class Ladder(ctypes.Structure):
+    """`Ladder` of place.cu: codecs/fitting.py's."""
+
+    _fields_ = (
+        ("levels", ctypes.c_int32),
+        ("searches", ctypes.c_int32),
+        ("first", ctypes.c_int32),
+        ("retries", ctypes.c_int32),
+    )
+
+
 class Sink(ctypes.Structure):
-    """`Sink` of encode.cu."""
+    """`Sink` of place.cu."""
 
     _fields_ = (
         ("slots", ctypes.c_void_p),
@@ -148,7 +159,8 @@ class Sink(ctypes.Structure):
         ("scratch", ctypes.c_void_p),
         ("facts", SlotFacts),
         ("num_chunks", ctypes.c_int32),
-        ("max_relaxations", ctypes.c_int32),
+        ("ladder", Ladder),
+        ("status_at", ctypes.c_int32),
     )
 
 
@@ -178,9 +190,14 @@ class Input(ctypes.Structure):
     )
 
 
-def work_words(num_chunks: int, num_tiles: int) -> int:
-    """Words of an encoder's `work`: two, then two a chunk, then one a tile."""
-    return 2 + 2 * num_chunks + num_tiles
+FIRST_BOUND = 6
+"""Which word of an encoder's `work` is the largest bound of chunk 0's tiles."""
+_CHUNK_WORDS = 6
+
+
+def work_words(num_chunks: int, num_tiles: int, retries: int = 0) -> int:
+    """Words of an encoder's `work` (place.cu, `Sink`)."""
+    return FIRST_BOUND + (_CHUNK_WORDS + retries) * num_chunks + (2 if retries else 1) * num_tiles
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,27 @@
 // Merrill and M. Garland, "Single-pass parallel prefix scan with decoupled look-back", NVIDIA NVR-2016-002, section 4.1). Warps take tiles in
 // order, so whatever a warp waits for is already being worked on.
 
+// Which bounds a chunk may be tried at (codecs/fitting.py, Ladder); `retries`: how often after the first time.
+struct Ladder {
+    int levels, searches, first, retries;
+};
+
+// What is known of a chunk while it is being coded. `bound`: the largest of its tiles. In retries, `settled`: tiles that are where they
+// belong; `payload`: what all take. In searches `around`: 1 + the largest level that does not fit, the number of levels minus the
+// smallest that does, tries, a byte each; and what those two took.
+struct Chunk {
+    u32 bound, settled, payload, around, low_bytes, high_bytes;
+};
+
 // Where tiles go. Slots: chunk c to `slots + slot_index[c] * slot_bytes`. One payload: to `slots`, at most `slot_bytes`, with the
-// directory beside it. `work`: zeroed; {ticket, unused, overflow[chunks], bound[chunks], status[tiles]}.
+// directory beside it. `work`: zeroed; {Tickets, Chunk[chunks], list[chunks * retries], status[tiles], and as many again for retries}.
+struct Tickets {
+    u32 first, again;      // that were drawn
+    u32 listed, open;      // chunks (once for each retry) on the list of those to be tried again; of them, not yet done
+    u32 overflowed;        // chunks that the first try was not the last of
+    u32 unused;
+};
+
 struct Sink {
     u8 *slots;
     i64 slot_bytes;
@@ -15,11 +34,14 @@ struct Sink {
     u32 *work;
     u8 *scratch;  // SCRATCH_BYTES for each warp
     SlotFacts facts;
-    int num_chunks, max_relaxations;
+    int num_chunks;
+    Ladder ladder;
 
-    __device__ __forceinline__ u32 *overflow(int chunk) const { return work + 2 + chunk; }
-    __device__ __forceinline__ u32 *bound(int chunk) const { return work + 2 + num_chunks + chunk; }
-    __device__ __forceinline__ u32 *status(int tile) const { return work + 2 + 2 * num_chunks + tile; }
+    __device__ __forceinline__ Tickets &tickets() const { return *(Tickets *)work; }
+    __device__ __forceinline__ Chunk &chunk(int number) const { return ((Chunk *)(work + sizeof(Tickets) / 4))[number]; }
+    __device__ __forceinline__ u32 *list() const { return (u32 *)&chunk(num_chunks); }
+    __device__ __forceinline__ u32 *status(int tile) const { return list() + num_chunks * ladder.retries + status_at + tile; }
+    int status_at;  // of this launch
     __device__ __forceinline__ u8 *slot(int chunk) const { return slots + (PAGED ? slot_index[chunk] * slot_bytes : 0); }
     __device__ __forceinline__ i64 payload_at(int tiles) const { return PAGED ? SLOT_HEADER + 8 * (i64)tiles : 0; }
 };
@@ -38,7 +60,7 @@ __device__ __forceinline__ void poke(u32 *p, u32 v) { asm volatile("st.relaxed.g
 // A tile's bound goes before its size: whoever has seen the sizes of a chunk has seen the bounds.
 __device__ __forceinline__ void publish(const Sink &sink, const Tile &tile, float bound, int size, int lane) {
     if (BOUNDED && lane == 0 && !the_bounds.uniform()) {
-        atomicMax(sink.bound(tile.chunk), __float_as_uint(bound));
+        atomicMax(&sink.chunk(tile.chunk).bound, __float_as_uint(bound));
         __threadfence();
     }
     if (lane == 0) poke(sink.status(tile.index), (u32)size / 4 << 2 | (tile.local ? SIZE_KNOWN : PLACE_KNOWN));

@@ -23,10 +23,7 @@ __shared__ Bounds the_bounds;
 
 constexpr float LARGEST_BOUND = 8.507059173023462e37f, SMALLEST_STEP = 7.888609052210118e-31f;  // 2**126, 2**-100
 
-// A bound doubled `relaxed` times.
-__device__ __forceinline__ float loosened(float bound, int relaxed) {
-    return fminf(__fmul_rn(bound, __uint_as_float((u32)(127 + relaxed) << 23)), LARGEST_BOUND);
-}
+__device__ __forceinline__ float loosened(float bound, float looser) { return fminf(__fmul_rn(bound, looser), LARGEST_BOUND); }
 
 // codecs/bounded/steps.py, step_from_bound. `typical`: the mean biased exponent (as float32) plus two.
 __device__ Quantiser quantiser_of(float bound, int typical) {
@@ -58,7 +55,7 @@ __device__ float bound_of_range(float low, float high, double relative) {
 
 // From the range of a tile's, or of each channel's, finite values.
 template <int CPL>
-__device__ __forceinline__ void range_quantisers(int tokens, const Rows<CPL> &rows, double relative, int relaxed, int typical,
+__device__ __forceinline__ void range_quantisers(int tokens, const Rows<CPL> &rows, double relative, float looser, int typical,
                                                  Quantiser (&quantiser)[CPL]) {
     float low[CPL], high[CPL];
 #pragma unroll
@@ -92,18 +89,18 @@ __device__ __forceinline__ void range_quantisers(int tokens, const Rows<CPL> &ro
             least = fminf(least, __shfl_xor_sync(FULL, least, d));
             most = fmaxf(most, __shfl_xor_sync(FULL, most, d));
         }
-        const Quantiser q = quantiser_of(loosened(bound_of_range(least, most, relative), relaxed), typical);
+        const Quantiser q = quantiser_of(loosened(bound_of_range(least, most, relative), looser), typical);
 #pragma unroll
         for (int k = 0; k < CPL; ++k) quantiser[k] = q;
     } else {
 #pragma unroll
         for (int k = 0; k < CPL; ++k)
-            quantiser[k] = quantiser_of(loosened(bound_of_range(low[k], high[k], relative), relaxed), typical);
+            quantiser[k] = quantiser_of(loosened(bound_of_range(low[k], high[k], relative), looser), typical);
     }
 }
 
 template <int CPL>
-__device__ __forceinline__ void make_quantisers(const Source &s, const Tile &tile, const Rows<CPL> &rows, const Bounds &how, int relaxed,
+__device__ __forceinline__ void make_quantisers(const Source &s, const Tile &tile, const Rows<CPL> &rows, const Bounds &how, float looser,
                                                 Quantiser (&quantiser)[CPL], int lane) {
     // Every eighth token's exponents.
     int exponents = 0;
@@ -134,12 +131,12 @@ __device__ __forceinline__ void make_quantisers(const Source &s, const Tile &til
     const int typical = warp_sum(exponents) / max(sampled, 1) + 2;
     if (!(how.relative > 0.0)) {
         const float asked = how.bounds ? how.bounds[PAGED && !how.per_tile ? tile.local % s.num_lines : tile.index] : how.bound;
-        const Quantiser q = quantiser_of(loosened(asked, relaxed), typical);
+        const Quantiser q = quantiser_of(loosened(asked, looser), typical);
 #pragma unroll
         for (int k = 0; k < CPL; ++k) quantiser[k] = q;
         return;
     }
-    range_quantisers<CPL>(tile.tokens, rows, how.relative, relaxed, typical, quantiser);
+    range_quantisers<CPL>(tile.tokens, rows, how.relative, looser, typical, quantiser);
 }
 
 __device__ __forceinline__ float deliver(float code, float step) { return as_float(as_word(__fmul_rn(code, step))); }

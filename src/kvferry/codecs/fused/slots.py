@@ -83,7 +83,6 @@ class _Prepared:
     case: Case
     device: torch.device
     num_sms: int | None
-    relaxations: int
     source: kernels.Source
     sink: kernels.Sink
     bounds: kernels.Bounds
@@ -114,9 +113,11 @@ class _Prepared:
             page_reciprocal=_page_reciprocal(kv.page_tokens),
             tiles_per_chunk=slot_codec.num_tiles,
         )
-        sink = kernels.Sink(slot_bytes=slot_codec.slot_bytes, facts=facts, max_relaxations=slot_codec.relaxations)
+        steps = slot_codec.ladder
+        ladder = kernels.Ladder(steps.levels, steps.searches, steps.first, steps.retries)
+        sink = kernels.Sink(slot_bytes=slot_codec.slot_bytes, facts=facts, ladder=ladder)
         device = kv.device if kv.device.index is not None else torch.device("cuda", torch.cuda.current_device())
-        return cls(case, device, slot_codec.num_sms, slot_codec.relaxations, source, sink, _bounds(slot_codec))
+        return cls(case, device, slot_codec.num_sms, source, sink, _bounds(slot_codec))
 
     @cached_property
     def encoder(self) -> Loaded:
@@ -145,12 +146,14 @@ class _Prepared:
         arguments = Arguments(source, sink, self.bounds, *self.tables[:2], retry)
         workspace = _workspace(self.device)
         with workspace.lock:
-            sink.work = workspace.work(kernels.work_words(chunks, source.num_tiles), self.encoder.scratch_bytes)
+            retries = sink.ladder.retries
+            words = kernels.work_words(chunks, source.num_tiles, retries)
+            sink.work = workspace.work(words, self.encoder.scratch_bytes)
             sink.scratch = workspace.scratch.data_ptr()
             self.encoder.launch(source.num_tiles, self.num_sms, arguments)
-            if self.relaxations:
+            if retries:
                 retry.value = 1
-                self.encoder.launch(chunks, self.num_sms, arguments)
+                self.encoder.launch(source.num_tiles, self.num_sms, arguments)
 
     def decode(self, slots: Tensor, slot_index: Tensor, page_table: Tensor, identities: Tensor, status: Tensor) -> None:
         source = _copy(self.source)

@@ -22,6 +22,7 @@ from kvferry.blocks import MANTISSA_BITS, BlockSpec
 from kvferry.codecs.base import Codec, Encoded
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.checks import one_of
+from kvferry.codecs.fitting import SCALES
 from kvferry.codecs.tiling import TILE_TOKENS
 from kvferry.codecs.transform import reference
 from kvferry.codecs.transform.profile import SIDES, Profile, SideProfile
@@ -34,8 +35,6 @@ _PARAMS = struct.Struct("<HBBIQ16s")
 _PARAMS_VERSION = 1
 _COUNT = struct.Struct("<II")
 _NO_VALUES = np.zeros(0, dtype=np.int64)
-SCALES = tuple(float(np.float32(2.0 ** (i / 8))) for i in range(-48, 65))
-"""What `ratio` chooses from, in units of the profile's steps; of float32, where all machines' powers agree."""
 COEFFICIENTS = torch.float16
 MOST_KEPT_BYTES = (1 << 32) - 1
 """Of the values that a frame holds as they are."""
@@ -57,11 +56,11 @@ class Transform(Codec):
     Blocks of 64 tokens of a group with a value that is not finite, or too far from the mean for a float16 coefficient,
     come back bit for bit. Signed zeros and denormals do not.
 
-    `ratio`: instead of the error bound, the smallest that makes a frame (or a chunk fit its slot) `ratio` times
-    smaller than the raw values (a tensor without values has no ratio); the frame says which. `layer` (its index) and
-    `side` ("k" or "v") say what is encoded; without them, this is a choice: called with `(layer, side, tensor)` it
-    returns the codec for them, as `HostStore.put_cache` asks. `first_position`: of the first token, in every sequence
-    of a batch. `packing`: "ans" or "bitpack".
+    `ratio`: instead of the error bound, the smallest of `fitting.SCALES` that makes a frame `ratio` times smaller than
+    the raw values (a tensor without values has no ratio), or a chunk fit its slot; frame and slot say which. `layer`
+    (its index) and `side` ("k" or "v") say what is encoded; without them, this is a choice: called with
+    `(layer, side, tensor)` it returns the codec for them, as `HostStore.put_cache` asks. `first_position`: of the first
+    token, in every sequence of a batch. `packing`: "ans" or "bitpack".
 
     Decoding needs a profile of the same digest in this process: one that a `Transform` was made of, as long as that
     profile is alive anywhere (in this codec, for one), or one that was given to `kvferry.register_profile`, which keeps

@@ -69,7 +69,7 @@ class Scratch:
         tile_bounds = torch.zeros(chunks, outer.num_tiles, dtype=torch.float32, device=kv.device)
         slots = CoefficientSlots(
             PagedKV(tuple(lines)),
-            coefficient_coder(codec.error_bound, codec.packing),
+            coefficient_coder(codec.error_bound if codec.ratio is None else 1.0, codec.packing),
             outer.chunk_pages,
             outer.slot_bytes,
             outer.on_overflow,
