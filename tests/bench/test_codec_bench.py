@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvferry import Profile, Rope
 from kvferry.bench import codec_baselines, codec_batch, codec_report
 from kvferry.bench.codec import MODES, CodecPlan, run
 from kvferry.bench.codec_batch import MIB, Batch, Kind, Sample, Timer
@@ -52,15 +53,17 @@ def batch(tensors, timer):
 
 def test_every_section_gives_rows_that_tables_and_files_take(tensors, tmp_path):
     told = []
-    results = run(tensors, TINY, CPU, told.append)
+    profile = Profile.hadamard(3, 1, 32, Rope.none(32), [(0.4, 0.4)] * 3)
+    results = run(tensors, TINY, CPU, told.append, profile)
     kinds = 2 * (len(MODES) - 1) + 1
     assert len(results["codecs"]) == 2 * kinds and len(results["baselines"]) == 2 * 2
     assert len(results["bounds"]) == 2 * 3 * 2 and len(results["num_sms"]) == 2 * kinds
-    assert len(told) == 1 + 2 * (kinds + 1) + 12 + 2 * kinds
+    assert len(results["transform"]) == 2 * 2
+    assert len(told) == 1 + 2 * (kinds + 1 + 2) + 12 + 2 * kinds
     assert {row["raw_bytes"] for row in results["codecs"]} == set(TINY.sizes)
     assert {row["raw_bytes"] for row in results["bounds"]} == {max(TINY.sizes)}
     assert results["ceiling"]["read_and_written_gb_per_s"] > 0 and results["notes"] == []
-    for row in results["codecs"] + results["baselines"]:
+    for row in results["codecs"] + results["transform"] + results["baselines"]:
         assert row["moved_bytes"] == pytest.approx(row["raw_bytes"] * (1 + 1 / row["ratio"]), rel=1e-4)
         for leg in ("encode", "decode"):
             assert row[leg]["gb_per_s"] > 0 and row[leg]["p99_us"] >= row[leg]["median_us"]
@@ -74,7 +77,8 @@ def test_every_section_gives_rows_that_tables_and_files_take(tensors, tmp_path):
 
     grids = codec_report.tables(results)
     assert [str(grid.title) for grid in grids] == list(codec_report.TITLES.values())
-    assert len(codec_report.tables(results | {"bounds": [], "num_sms": []})) == 2
+    assert len(codec_report.tables(results | {"bounds": [], "num_sms": []})) == 3
+    assert sum(profile.digest[:8] in line for line in codec_report.remarks(results)) == 1
     assert not any("waited" in line for line in codec_report.remarks(results))
     path = tmp_path / "results.json"
     codec_report.write_json(path, results, TINY, {"gpu": "none"}, {"name": "made up"})
@@ -83,6 +87,16 @@ def test_every_section_gives_rows_that_tables_and_files_take(tensors, tmp_path):
     assert content["codecs"] == json.loads(json.dumps(results["codecs"]))
     pytest.importorskip("matplotlib")
     codec_report.plot(tmp_path / "plot.png", content, "title")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_files_from_before_the_transform_are_taken(tensors, tmp_path):
+    results = run(tensors, replace(TINY, modes=("raw",), sweep_sigmas=(), sweep_sms=()), CPU)
+    assert results["transform"] == [] and results["profile"] is None
+    older = {name: value for name, value in results.items() if name not in ("transform", "profile")}
+    assert len(codec_report.tables(older)) == 2 and codec_report.remarks(older) == codec_report.remarks(results)
+    pytest.importorskip("matplotlib")
+    codec_report.plot(tmp_path / "plot.png", older, "title")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

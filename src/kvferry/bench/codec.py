@@ -1,8 +1,8 @@
 """Speed and ratio of the codecs in slots: pages of real KV into slots and back, within one device.
 
 Every configuration is checked in the same run before it is timed: all slots usable at the asked bound and good to the
-decoder, exact codecs bit-identical, no value beyond its bound in float64, and the first chunk's encoded bytes those of
-the CPU reference.
+decoder, exact codecs bit-identical, no value (of `transform`: no group's vector) beyond its bound in float64, and the
+first chunk's encoded bytes those of the CPU reference.
 """
 
 import itertools
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from kvferry.bench.codec_baselines import measure_baselines, measure_ceiling
 from kvferry.bench.codec_batch import MIB, Batch, Kind, Row, Sample, Timer
+from kvferry.bench.codec_transform import TransformBatch, check_profile, describe_profile
 from kvferry.bench.pipeline_cache import Shape
 from kvferry.codecs.checks import one_of
 from kvferry.codecs.slots import ON_OVERFLOW
+from kvferry.codecs.transform.profile import Profile
 
 BOUNDED_MODES = ("fixed", "plain", "outlier")
 MODES = (*BOUNDED_MODES, "lossless", "raw")
@@ -79,22 +81,39 @@ def run(
     plan: CodecPlan,
     device: torch.device,
     on_case: Callable[[str], None] = lambda name: None,
+    profile: Profile | None = None,
 ) -> dict[str, Any]:
-    """`ceiling`, `notes`, and the rows of the sections `codecs`, `baselines`, `bounds` and `num_sms` (those of the
-    sweeps empty unless asked for). `tensors` as for `PagedCache`; `on_case` is told of each case before it begins.
+    """`ceiling`, `notes`, and the rows of the sections `codecs`, `transform`, `baselines`, `bounds` and `num_sms`
+    (`transform` empty without a `profile`, which `profile` describes; the sweeps unless asked for). `tensors` as for
+    `PagedCache`; `on_case` is told of each case before it begins.
 
-    Raises `KVFerryError` where a check fails, `ValueError` for a size below one chunk.
+    Raises `KVFerryError` where a check fails, `ProfileMismatch` if the profile is not of the model that made `tensors`,
+    `ValueError` for a size below one chunk, or tensors that `Transform` does not take.
     """
+    if profile is not None:
+        check_profile(tensors, profile)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         timer = Timer(device, plan.iterations, plan.case_seconds)
         on_case("device copy")
         bench = _Bench(plan, timer, on_case)
         ceiling = measure_ceiling(timer, plan.ceiling_bytes, device)
         for size in sorted(set(plan.sizes), reverse=True):
+            if profile is not None:  # first: what it does not take is known before the others are measured
+                page_tokens = plan.shape.page_tokens
+                bench.measure_transform(
+                    TransformBatch(tensors, profile, page_tokens, plan.chunk_tokens, size, timer, device)
+                )
+                _forget(device)
             bench.measure(Batch(tensors, plan.shape, plan.chunk_tokens, size, timer, device), size == max(plan.sizes))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # the next batch has other sizes, for which what this one leaves does not fit
-    return {"l2_bytes": timer.l2_bytes, "ceiling": ceiling, "notes": bench.notes, **bench.sections}
+            _forget(device)
+    facts = {"l2_bytes": timer.l2_bytes, "ceiling": ceiling, "notes": bench.notes}
+    return facts | {"profile": None if profile is None else describe_profile(profile)} | bench.sections
+
+
+def _forget(device: torch.device) -> None:
+    """Free what a batch leaves: the next has other sizes, for which it does not fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class _Bench:
@@ -102,8 +121,9 @@ class _Bench:
 
     def __init__(self, plan: CodecPlan, timer: Timer, on_case: Callable[[str], None]) -> None:
         self._plan, self._timer, self._on_case = plan, timer, on_case
-        self._sample = Sample()
-        self.sections: dict[str, list[Row]] = {"codecs": [], "baselines": [], "bounds": [], "num_sms": []}
+        self._sample, self._transform_sample = Sample(), Sample()  # of different chunks
+        names = ("codecs", "transform", "baselines", "bounds", "num_sms")
+        self.sections: dict[str, list[Row]] = {name: [] for name in names}
         self.notes: list[str] = []
 
     def measure(self, batch: Batch, sweep: bool) -> None:
@@ -123,6 +143,14 @@ class _Bench:
                     self._slots("bounds", batch, replace(kind, sigma=sigma))
             for num_sms in (*plan.sweep_sms, None) if plan.sweep_sms else ():
                 self._slots("num_sms", batch, kind, num_sms)
+
+    def measure_transform(self, batch: TransformBatch) -> None:
+        """`transform` with every packing."""
+        for packing in self._plan.packings:
+            kind = Kind("transform", packing, profile=batch.profile)
+            self._on_case(f"{batch.raw_bytes / MIB:g} MiB, {kind.name}")
+            row = batch.measure(kind, self._transform_sample, self._plan.on_overflow)
+            self.sections["transform"].append(row)
 
     def _slots(self, section: str, batch: Batch, kind: Kind, num_sms: int | None = None) -> None:
         capped = "" if num_sms is None else f", {num_sms} multiprocessors"

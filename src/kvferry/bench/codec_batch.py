@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.raw import Raw
 from kvferry.codecs.slots import SlotCodec, raw_slot_bytes
+from kvferry.codecs.transform import Transform
+from kvferry.codecs.transform.profile import Profile
 from kvferry.errors import KVFerryError
 from kvferry.evaluation import one_cpu_thread
 from kvferry.format.slot import HEADER_BYTES, SlotState, are_headers, read_headers
@@ -113,15 +115,18 @@ class Timer:
 
 @dataclass(frozen=True)
 class Kind:
-    """One codec as it is measured. `mode`: a mode of `Bounded`, "lossless" or "raw"; `sigma`: the bound, in standard
-    deviations of each layer's K or V."""
+    """One codec as it is measured. `mode`: a mode of `Bounded`, "lossless", "raw" or "transform"; `sigma`: the bound of
+    `Bounded`, in standard deviations of each layer's K or V; `profile`: what "transform" needs."""
 
     mode: str
     packing: str
-    sigma: float
+    sigma: float = 0.0
+    profile: Profile | None = None
 
     @property
     def codec(self) -> Codec:
+        if self.profile is not None:
+            return Transform(self.profile, packing=self.packing)
         if self.mode == "raw":
             return Raw()
         if self.mode == "lossless":
@@ -132,14 +137,24 @@ class Kind:
     @property
     def name(self) -> str:
         parts = [self.mode, *([] if self.mode == "raw" else [self.packing])]
-        return " ".join(parts) + ("" if self.codec.exact else f", bound {self.sigma:g} sigma")
+        if self.profile is not None:
+            parts.insert(1, basis_of(self.profile))
+        return " ".join(parts) + (f", bound {self.sigma:g} sigma" if isinstance(self.codec, Bounded) else "")
 
     @property
     def facts(self) -> Row:
         """What a row says of it."""
         packing = None if self.mode == "raw" else self.packing
         sigma = self.sigma if isinstance(self.codec, Bounded) else None
-        return {"method": "slots", "mode": self.mode, "packing": packing, "bound_sigma": sigma}
+        facts = {"method": "slots", "mode": self.mode, "packing": packing, "bound_sigma": sigma}
+        return facts if self.profile is None else facts | {"basis": basis_of(self.profile)}
+
+
+def basis_of(profile: Profile) -> str:
+    """What has a basis of its own in `profile`."""
+    if profile.group_heads == 1:
+        return "per head"
+    return "per layer" if profile.groups == 1 else f"per {profile.group_heads} heads"
 
 
 class Sample:
@@ -149,9 +164,11 @@ class Sample:
         self._layers: list[Tensor] = []
         self._slots: dict[Kind, np.ndarray] = {}
 
-    def slot(self, layers: list[Tensor], kind: Kind, slot_codec: SlotCodec, identity: Tensor) -> np.ndarray:
+    def slot(
+        self, layers: list[Tensor], kind: Kind, slot_codec: SlotCodec, identity: Tensor, position: Tensor | None = None
+    ) -> np.ndarray:
         """Header, directory and payload, uint8, of the chunk that `layers` `[chunk_pages, heads, tokens, K|V]` on the
-        CPU are; `slot_codec` is the one that is checked."""
+        CPU are, at `position` (int32 `[1]`); `slot_codec` is the one that is checked."""
         same = len(layers) == len(self._layers) and all(map(torch.equal, layers, self._layers))
         if not same:
             self._layers, self._slots = layers, {}
@@ -159,11 +176,11 @@ class Sample:
             kv = PagedKV.heads_first(layers, layers[0].shape[3] // 2)
             bounds = None if slot_codec.bounds is None else slot_codec.bounds.cpu()
             pages, slot_bytes = slot_codec.chunk_pages, slot_codec.slot_bytes
-            reference = SlotCodec(kv, slot_codec.codec, pages, slot_bytes, slot_codec.on_overflow, bounds=bounds)
+            reference = replace(slot_codec, kv=kv, bounds=bounds, num_sms=None)
             slots = torch.zeros(1, slot_bytes, dtype=torch.uint8)
             table = torch.arange(pages, dtype=torch.int32)[None]
             with one_cpu_thread():
-                reference.encode(table, slots, torch.zeros(1, dtype=torch.int32), identity)
+                reference.encode(table, slots, torch.zeros(1, dtype=torch.int32), identity, position)
             payload = int(read_headers(slots[:, :HEADER_BYTES].numpy())["payload_bytes"][0])
             self._slots[kind] = slots[0, : reference.payload_at + payload].numpy().copy()
         return self._slots[kind]
@@ -172,6 +189,10 @@ class Sample:
 class Batch:
     """`timer.sets(...)` sets of about `num_bytes` of raw KV each, in one paged cache of that shape, with slots for them
     and pages to decode into. `tensors` as for `PagedCache`."""
+
+    positions: Tensor | None = None
+    """Of each chunk's first token, int32 `[sets, chunks]`, where a codec needs them."""
+    max_positions: int = SlotCodec.max_positions
 
     def __init__(
         self,
@@ -189,7 +210,7 @@ class Batch:
             raise ValueError(f"{num_bytes} bytes are less than a chunk of {self.chunk_bytes}: take a larger size")
         self.raw_bytes = self.chunks * self.chunk_bytes
         self.sets, self._timer = timer.sets(self.raw_bytes), timer
-        self.cache = PagedCache(tensors, shape, self.sets * self.chunks * chunk_tokens, 1.0, device)
+        self.cache = self._cache(tensors, shape, self.sets * self.chunks * chunk_tokens, chunk_tokens, device)
         self.kv, self.chunk_pages = self.cache.kv, chunk_tokens // shape.page_tokens
         if self.chunk_pages * shape.page_tokens != chunk_tokens:
             raise ValueError(f"chunks of {chunk_tokens} tokens are no whole pages of {shape.page_tokens}")
@@ -200,11 +221,20 @@ class Batch:
         self.sources, self.destinations = (
             torch.from_numpy(table).to(device).view(self.sets, self.chunks, -1) for table in tables
         )
-        self.slots = torch.zeros(total, raw_slot_bytes(self.kv, self.chunk_pages), dtype=torch.uint8, device=device)
+        self.slots = torch.zeros(total, self._slot_bytes, dtype=torch.uint8, device=device)
         self.slot_index = torch.arange(total, dtype=torch.int32, device=device).view(self.sets, -1)
         names = torch.stack([torch.arange(total), torch.full((total,), 7)], dim=1)
         self.identities = names.to(device).view(self.sets, self.chunks, 2)
         self.status = torch.zeros(self.sets, self.chunks, dtype=torch.int32, device=device)
+
+    def _cache(
+        self, tensors: Mapping[str, Tensor], shape: Shape, tokens: int, chunk_tokens: int, device: torch.device
+    ) -> PagedCache:
+        return PagedCache(tensors, shape, tokens, 1.0, device)
+
+    @property
+    def _slot_bytes(self) -> int:
+        return raw_slot_bytes(self.kv, self.chunk_pages)
 
     @property
     def facts(self) -> Row:
@@ -233,6 +263,11 @@ class Batch:
             worst.append((error.T / bounds[number]).amax())
         return float(torch.stack(worst).amax())
 
+    def share_of_bound(self, kind: Kind) -> float:
+        """Largest error of what was decoded, over what `kind`, not an exact one, promises; NaN if a value became
+        NaN."""
+        return self.error_over_bound(kind.sigma)
+
     def _both(self, number: int) -> tuple[Tensor, Tensor]:
         layer = self.cache.layers[number]
         return layer[self.sources.flatten().long()], layer[self.destinations.flatten().long()]
@@ -241,15 +276,23 @@ class Batch:
         """Check `kind` in slots, then time it. Raises `KVFerryError` if it is not right."""
         bounds = self.cache.sigma_bounds * kind.sigma if isinstance(kind.codec, Bounded) else None
         slot_codec = SlotCodec(
-            self.kv, kind.codec, self.chunk_pages, self.slots.shape[1], on_overflow, bounds=bounds, num_sms=num_sms
+            self.kv,
+            kind.codec,
+            self.chunk_pages,
+            self.slots.shape[1],
+            on_overflow,
+            bounds=bounds,
+            num_sms=num_sms,
+            max_positions=self.max_positions,
         )
 
         def encode(number: int) -> None:
-            slot_codec.encode(self.sources[number], self.slots, self.slot_index[number], self.identities[number])
+            index, names = self.slot_index[number], self.identities[number]
+            slot_codec.encode(self.sources[number], self.slots, index, names, *self._at(number))
 
         def decode(number: int) -> None:
-            slots, index, status = self.slots, self.slot_index[number], self.status[number]
-            slot_codec.decode(slots, index, self.destinations[number], self.identities[number], status)
+            index, names, status = self.slot_index[number], self.identities[number], self.status[number]
+            slot_codec.decode(self.slots, index, self.destinations[number], names, status, *self._at(number))
 
         encoded, worst = self._check(kind, slot_codec, encode, decode, sample)
         facts = kind.facts | {"num_sms": num_sms, "ratio": self.raw_bytes / encoded, "error_over_bound": worst}
@@ -258,6 +301,10 @@ class Batch:
         row = self._timer.row(legs, self.sets, self.raw_bytes, moved)
         self._check_status(kind)
         return facts | self.facts | row
+
+    def _at(self, number: int) -> list[Tensor]:
+        """What calls are told of a set's positions."""
+        return [] if self.positions is None else [self.positions[number]]
 
     def _check_status(self, kind: Kind) -> None:
         if bad := int((self.status != 0).sum()):
@@ -289,12 +336,13 @@ class Batch:
                 if not torch.equal(*map(as_bits, self._both(number))):
                     raise KVFerryError(f"{name}: layer {number} is not bit-identical")
         else:
-            worst = self.error_over_bound(kind.sigma)
+            worst = self.share_of_bound(kind)
             if not worst <= 1:
                 raise KVFerryError(f"{name}: the largest error is {worst:g} of the bound")
         pages = self.sources[0, 0].long()
         layers = [layer[pages].cpu() for layer in self.cache.layers]
-        expected = sample.slot(layers, kind, slot_codec, self.identities[0, :1].cpu())
+        position = None if self.positions is None else self.positions[0, :1].cpu()
+        expected = sample.slot(layers, kind, slot_codec, self.identities[0, :1].cpu(), position)
         if not np.array_equal(expected, self.slots[0, : len(expected)].cpu().numpy()):
             raise KVFerryError(f"{name}: the encoded bytes of the first chunk are not those of the CPU reference")
         payload = float(headers["payload_bytes"].astype(np.int64).sum())

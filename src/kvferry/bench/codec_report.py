@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kvferry.bench.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
     from kvferry.bench.codec import CodecPlan
@@ -19,6 +21,7 @@ LEGS = ("encode", "decode")
 TITLES = {
     "codecs": "Slots: pages of KV into slots and back",
     "baselines": "Baselines, on the same values without pages",
+    "transform": "Slots, codec transform: the cache of the profile's model, every head at its own positions",
     "bounds": "By error bound",
     "num_sms": "By multiprocessors that the kernels may use",
 }
@@ -36,7 +39,11 @@ MEANING = {
     "limit_us": "moved_bytes over the bandwidth of `ceiling`: a device copy in the same run, reads and writes counted",
     "of_limit": "limit_us over median_us",
     "error_over_bound": "largest error of a value over bound_sigma standard deviations of its layer's K or V, in "
-    "float64 (baselines: over the plan's sigma; null: not finite)",
+    "float64 (baselines: over the plan's sigma; null: not finite; transform: largest Euclidean error of a group's "
+    "vector over what its guarantee adds up to there)",
+    "transform": "at error_bound 1, the profile's own steps; its cache has the profile's layers and heads, each filled "
+    "with its own values of the KV at their own positions, so a chunk has another size than those of codecs",
+    "basis": "what has a basis of its own in the profile: each head, or all heads of a layer together",
     "checked": "in the same run, before it is timed: all slots usable at the asked bound and good to the decoder, "
     "exact codecs bit-identical, no error beyond the bound, the first chunk's slot byte for byte the CPU reference's",
 }
@@ -48,7 +55,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
     found = []
     for section, title in TITLES.items():
-        rows = results[section]
+        rows = results.get(section, [])
         if not rows:
             continue
         grid = Table(title=title, title_justify="left", pad_edge=False, show_edge=False)
@@ -86,8 +93,8 @@ def _cells(row: Row, key: str | None) -> list[str]:
 
 
 def what(row: Row) -> str:
-    """The row's mode and packing, or its method."""
-    return " ".join(part for part in (row["mode"], row["packing"]) if part) or str(row["method"])
+    """The row's mode, basis and packing, or its method."""
+    return " ".join(part for part in (row["mode"], row.get("basis"), row["packing"]) if part) or str(row["method"])
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
@@ -100,7 +107,12 @@ def remarks(results: dict[str, Any]) -> list[str]:
         "Checked in this run: slots good, exact codecs bit-identical, bounds kept in float64, the first chunk's bytes "
         "those of the CPU reference.",
     ]
-    legs = [row[leg] for section in TITLES for row in results[section] for leg in LEGS]
+    if profile := results.get("profile"):
+        lines.append(
+            f"Transform: profile {profile['digest'][:8]}, {profile['layers']} layers, {profile['heads']} heads of "
+            f"{profile['head_dim']}, a basis {profile['basis']}, at its own steps; error: of a group's vector."
+        )
+    legs = [row[leg] for section in TITLES for row in results.get(section, []) for leg in LEGS]
     if not all(leg["queued"] for leg in legs):
         lines.append("*: the device waited for the host, so the host's share is included.")
     return lines + list(results["notes"])
@@ -115,8 +127,8 @@ def write_json(
 
 
 def plot(path: Path, results: dict[str, Any], title: str) -> None:
-    """GB/s of both directions at every size against the limit, and the sweeps that were measured. `results` may also be
-    the content of a file of `write_json`."""
+    """GB/s of both directions at every size against the limit, `transform` in a panel of its own, and the sweeps that
+    were measured. `results` may also be the content of a file of `write_json`."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -124,6 +136,7 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
 
     sizes = sorted({row["raw_bytes"] for row in results["codecs"]}, reverse=True)
     panels: list[tuple[str, Any]] = [("size", size) for size in sizes]
+    panels += [("transform", results["transform"])] if results.get("transform") else []
     panels += [(name, leg) for name in KEYS if results[name] for leg in LEGS]
     columns = min(3, len(panels))
     figure, axes = pyplot.subplots(
@@ -140,6 +153,9 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
         if name == "size":
             _bars(axis, [row for part in ("codecs", "baselines") for row in results[part] if row["raw_bytes"] == value])
             axis.set(title=format_size(value), ylabel="GB/s, raw bytes")
+        elif name == "transform":
+            _bars(axis, value, lambda row: f"{format_size(row['raw_bytes'])}, {what(row)}")
+            axis.set(title="Codec transform", ylabel="GB/s, raw bytes")
         else:
             _curves(axis, results[name], KEYS[name], value)
             axis.set(title=f"{TITLES[name]}: {value}", ylabel="GB/s, raw bytes", xlabel=KEYS[name].replace("_", " "))
@@ -151,14 +167,14 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
     pyplot.close(figure)
 
 
-def _bars(axis: Any, rows: list[Row]) -> None:
+def _bars(axis: Any, rows: list[Row], label: Callable[[Row], str] = what) -> None:
     for place, leg in enumerate(LEGS):
         at = [number + 0.4 * (place - 0.5) for number in range(len(rows))]
         axis.bar(at, [row[leg]["gb_per_s"] for row in rows], 0.38, label=leg)
     # The limit of a copy is far above that of a codec, and would flatten the bars.
     limits = [(number, row["limit_gb_per_s"]) for number, row in enumerate(rows) if row["method"] == "slots"]
     axis.plot(*zip(*limits, strict=True), "k_", markersize=14, label="limit of memory")
-    axis.set_xticks(range(len(rows)), [what(row) for row in rows], rotation=40, ha="right", fontsize=7)
+    axis.set_xticks(range(len(rows)), [label(row) for row in rows], rotation=40, ha="right", fontsize=7)
 
 
 def _curves(axis: Any, rows: list[Row], key: str, leg: str) -> None:

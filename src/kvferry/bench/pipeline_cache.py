@@ -55,17 +55,23 @@ class PagedCache:
         self.sigma_bounds = torch.tensor(bounds, device=device).repeat_interleave(self.kv.num_lines // len(bounds))
 
     def _layer(self, sides: list[Tensor], number: int) -> Tensor:
-        rows, tokens, dim = sides[0].shape
+        dim = sides[0].shape[2]
         paged = (2 * self.pages, self.shape.heads, self.shape.page_tokens, 2 * dim)
         layer = torch.zeros(paged, dtype=sides[0].dtype, device=self.device)
         at = torch.from_numpy(self.sources).to(self.device)
         wanted = torch.arange(self.pages * self.shape.page_tokens, device=self.device)
         for half, side in enumerate(sides):
             for head in range(self.shape.heads):
-                shift = 131 * number + 17 * (head // rows)
-                values = side[(head + number) % rows][(wanted + shift) % tokens]
+                values = self._values(side, number, head, wanted)
                 layer[at, head, :, half * dim : (half + 1) * dim] = values.view(self.pages, -1, dim)
         return layer
+
+    def _values(self, side: Tensor, number: int, head: int, wanted: Tensor) -> Tensor:
+        """The tokens `wanted` of a layer's `head`, `[tokens, head_dim]`; `side` is what `tensors` has of the layer's K
+        or V, `[sequences * heads, tokens, head_dim]`."""
+        rows, tokens, _ = side.shape
+        shift = 131 * number + 17 * (head // rows)
+        return side[(head + number) % rows][(wanted + shift) % tokens]
 
     def codec(self, codec: Codec, chunk_tokens: int, ratio: float) -> SlotCodec:
         """For chunks of `chunk_tokens` in slots for that ratio; a `Bounded` takes `sigma_bounds`."""
