@@ -9,6 +9,7 @@ import torch
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 
+from kvferry import Profile, Rope  # noqa: E402
 from kvferry.cli.main import app  # noqa: E402
 
 
@@ -88,6 +89,21 @@ def test_codec_refuses_what_cannot_be(options, message):
     assert message in result.stderr
 
 
+def profile_file(folder, layers):
+    """A profile of one head of 32 channels."""
+    path = folder / f"{layers}.profile"
+    Profile.hadamard(layers, 1, 32, Rope.none(32), [(0.5, 0.5)] * layers).save(path)
+    return path
+
+
+def test_codec_refuses_what_is_no_profile(tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "other").write_bytes(b"nonsense")
+    for name, message in (("other", "is no profile, or a damaged one"), ("none", "make one with kvferry calibrate")):
+        result = run("codec", "--profile", tmp_path / name)
+        assert result.exit_code == 2 and message in result.stderr
+
+
 def test_codec_reports_what_it_measured(monkeypatch, tmp_path):
     """With the CPU in the GPU's place, and a small cache."""
     pytest.importorskip("matplotlib")
@@ -101,20 +117,31 @@ def test_codec_reports_what_it_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(
         codec,
         "run",
-        lambda tensors, plan, device, told: measure(tensors, replace(plan, **small), torch.device("cpu"), told),
+        lambda tensors, plan, device, told, profile: measure(
+            tensors, replace(plan, **small), torch.device("cpu"), told, profile
+        ),
     )
     monkeypatch.setattr("kvferry.bench.machine.describe", lambda device: {"gpu": "none", "commit": "abc"})
     names = [f"layer.{layer:02}.{side}" for layer in range(2) for side in "kv"]
-    save_file({name: torch.randn(1, 1, 40, 32) for name in names}, tmp_path / "noise.safetensors")
-    options = ("--kv", tmp_path / "noise.safetensors", "--tensor-size", "16KiB,32KiB", "--encoding-mode", "fixed")
+    save_file({name: torch.randn(1, 1, 40, 32).bfloat16() for name in names}, tmp_path / "noise.safetensors")
+    profile = profile_file(tmp_path, layers=2)
+    options = ("--kv", tmp_path / "noise.safetensors", "--tensor-size", "8KiB,16KiB", "--encoding-mode", "fixed")
     options += ("--encoding-mode", "raw", "--packing", "bitpack", "--iterations", 1, "--sweep-bounds", "0.1,0.4")
+    options += ("--profile", profile)
     result = run("codec", *options, "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
-    for part in ("KV: noise, repeated", "32 KiB x 1", "fixed bitpack", "fp8 e4m3 cast", "By error bound", "a.json"):
+    for part in ("KV: noise, repeated", "16 KiB x 1", "fixed bitpack", "fp8 e4m3 cast", "By error bound", "a.json"):
         assert part in result.stdout
+    assert "transform per head bitpack" in result.stdout and "2 layers, 1 heads of 32" in result.stdout
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["machine"]["commit"] == "abc" and content["data"]["name"] == "noise"
-    assert content["plan"]["sizes"] == [16384, 32768] and content["plan"]["modes"] == ["fixed", "raw"]
+    assert content["plan"]["sizes"] == [8192, 16384] and content["plan"]["modes"] == ["fixed", "raw"]
+    assert [row["raw_bytes"] for row in content["transform"]] == [16384, 8192]
+    assert content["profile"]["digest"] == Profile.load(profile).digest
+
+    result = run("codec", *options[:-1], profile_file(tmp_path, layers=3), "--output", tmp_path / "b.json")
+    assert result.exit_code == 2 and not (tmp_path / "b.json").exists()
+    assert "the profile is of a model with layers=3, this one has 2" in result.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -29,11 +29,16 @@ def codec(
     iterations: Annotated[int, typer.Option(help="Timings of every call; fewer where a case takes long.")] = 100,
     sweep_bounds: Annotated[str, typer.Option(help="Error bounds to sweep, separated by commas.")] = "",
     sweep_sms: Annotated[str, typer.Option(help="Numbers of multiprocessors to sweep, separated by commas.")] = "",
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Profile (kvferry calibrate) of the model that made the KV: adds rows for codec transform."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for a plot.")] = None,
 ) -> None:
-    """Pages of real KV into slots and back by every mode and packing: ratio, GB/s, share of what memory allows; with
-    device copies, an fp8 cast and nvCOMP (if installed) to compare. Exit code 1 without a GPU."""
+    """Pages of real KV into slots and back by every mode and packing, and by codec transform with a --profile: ratio,
+    GB/s, share of what memory allows; with device copies, an fp8 cast and nvCOMP (if installed) to compare. Exit code 1
+    without a GPU."""
     import torch
     from rich.console import Console
 
@@ -43,6 +48,7 @@ def codec(
     from kvferry.bench.machine import describe
     from kvferry.bench.units import parse_size
     from kvferry.cli.bench import check_gpu
+    from kvferry.codecs.transform.profile import Profile
 
     with one_line_errors():
         plan = CodecPlan(
@@ -55,6 +61,7 @@ def codec(
             sweep_sigmas=tuple(float(part) for part in _parts([sweep_bounds])),
             sweep_sms=tuple(int(part) for part in _parts([sweep_sms])),
         )
+        calibrated = None if profile is None else Profile.load(profile)
         check_gpu("codec", device_id)
         if plot is not None:
             import matplotlib  # noqa: F401  (found missing now rather than after measuring)
@@ -64,7 +71,7 @@ def codec(
         source = load_kv(kv)
         with console.status("measuring") as status:
             try:
-                results = run(source.tensors, plan, torch.device("cuda", device_id), status.update)
+                results = run(source.tensors, plan, torch.device("cuda", device_id), status.update, calibrated)
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"the GPU has no room for the largest size: smaller --tensor-size ({error})"
