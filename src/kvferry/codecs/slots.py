@@ -34,8 +34,9 @@ _LARGEST_ODD_PAGE = 896
 """Tokens of a page that kernels divide by exactly (common.cu, page_reciprocal), where tiles cross pages."""
 _ROUND_TO = 512
 _MOST_PAYLOAD_BYTES = (1 << 32) - 1
-_MOST_TRANSFORM_RELAXATIONS = 12
-"""Doubled more often, bounds would swallow the marks of blocks without coefficients (transform/slots.py)."""
+MOST_TRANSFORM_RELAXATIONS, MOST_TRANSFORM_BOUND = 12, 16384.0
+"""More often doubled, the bounds of blocks without coefficients would no longer be exact; larger bounds (in steps of
+the profile) would swallow the marks of those blocks (transform/slots.py)."""
 _SMALLEST_TILE_BYTES = 4
 
 
@@ -81,10 +82,8 @@ class SlotCodec:
         one_of("on_overflow", self.on_overflow, ON_OVERFLOW)
         if not 0 <= self.max_relaxations <= MOST_RELAXATIONS:
             raise ValueError(f"max_relaxations={self.max_relaxations} must be 0 to {MOST_RELAXATIONS}")
-        if isinstance(self.codec, Transform) and self.max_relaxations > _MOST_TRANSFORM_RELAXATIONS:
-            raise ValueError(
-                f"max_relaxations={self.max_relaxations} must be at most {_MOST_TRANSFORM_RELAXATIONS} with Transform"
-            )
+        if isinstance(self.codec, Transform) and self.codec.ratio is None:
+            check_transform_bounds(self.codec.error_bound, self.ladder.levels - 1)
         if self.max_positions < 1:
             raise ValueError(f"max_positions={self.max_positions} must be at least 1: the model's longest context")
         if self.num_sms is not None and self.num_sms < 1:
@@ -256,6 +255,17 @@ class CoefficientSlots(SlotCodec):
     def header(self) -> np.ndarray:
         assert self.outer is not None
         return self.outer.header
+
+
+def check_transform_bounds(error_bound: float, relaxations: int) -> None:
+    """Raise `ValueError` for bounds of `Transform` at which blocks without coefficients would not survive in slots."""
+    if relaxations > MOST_TRANSFORM_RELAXATIONS:
+        raise ValueError(f"max_relaxations={relaxations} must be 0 to {MOST_TRANSFORM_RELAXATIONS} with Transform")
+    if error_bound * 2.0**relaxations > MOST_TRANSFORM_BOUND:
+        raise ValueError(
+            f"error_bound={error_bound:g}, doubled up to {relaxations} times, is above {MOST_TRANSFORM_BOUND:g} steps "
+            "of the profile: take a smaller error_bound, or fewer max_relaxations"
+        )
 
 
 def encode_into_slots(

@@ -4,13 +4,15 @@ import ctypes
 import re
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
+from kvferry.codecs import fitting
 from kvferry.codecs.fused import kernels
-from kvferry.codecs.fused.kernels import DECODE, ENCODE, SHAPES, Case
+from kvferry.codecs.fused.kernels import DECODE, ENCODE, ENTRIES, RETRY, SHAPES, Case
 from kvferry.device.nvrtc import compile_cubin
 from kvferry.format import slot
 from kvferry.packing.ans.tables import PROB_BITS, family
@@ -35,15 +37,18 @@ CASES += [exact("lossless", packing, dtype) for packing in ("ans", "bitpack") fo
 CASES += [exact("lossless", "ans", FP16, lanes=ALL, paged=False), exact("raw", "none", torch.uint8, lanes=ONE)]
 COMPILED = [("sm_90", case) for case in CASES]
 COMPILED += [(arch, case) for arch in ("sm_80", "sm_100") for case in (CASES[0], exact("lossless", "ans", BF16))]
+KERNELS = [(kernel, arch, case) for kernel in (ENCODE, DECODE) for arch, case in COMPILED]
+KERNELS += [(RETRY, arch, case) for arch, case in COMPILED if case.codec == "bounded" and case.paged]
 
 
-@pytest.mark.parametrize("kernel", [ENCODE, DECODE])
 @pytest.mark.parametrize(
-    ("arch", "case"), COMPILED, ids=lambda x: x if isinstance(x, str) else f"{x.codec}-{x.packing}-{x.mode}-{x.dtype}"
+    ("kernel", "arch", "case"),
+    KERNELS,
+    ids=lambda x: x if isinstance(x, str) else f"{x.codec}-{x.packing}-{x.mode}-{x.dtype}",
 )
 def test_kernels_compile(kernel: str, arch: str, case: Case) -> None:
     cubin = compile_cubin(case.source(kernel), arch, case.defines(kernel, 32 * case.shape(kernel).warps))
-    assert kernel.encode() in cubin
+    assert ENTRIES[kernel].encode() in cubin
 
 
 def test_the_source_agrees_with_the_host() -> None:
@@ -65,6 +70,11 @@ def test_the_source_agrees_with_the_host() -> None:
         ("GOOD", "FOREIGN", "MISMATCH", "OTHER_IDENTITY", "NOT_USABLE", "CORRUPT"), slot.SlotStatus, strict=True
     ):
         assert int(constant(name)) == status
+    assert int(constant("SPARE")) == fitting._SPARE
+    assert int(constant("LEVELS_OF_PAYLOAD")) == fitting._LEVELS_OF_PAYLOAD
+    assert int(constant("MOST_TRIES")) == fitting.MOST_TRIES
+    roots = re.findall(r"0x([0-9a-f]{8})u", source.split("mantissas[8]")[1])[:8]
+    assert tuple(np.array([int(root, 16) for root in roots], dtype=np.uint32).view(np.float32)) == fitting.SCALES[48:56]
     assert int(constant("USABLE")) == slot.SlotState.USABLE
     assert int(constant("REJECTED")) == slot.SlotState.REJECTED
 
@@ -84,6 +94,7 @@ def test_a_warp_has_the_shared_memory_that_its_stage_takes(packing: str) -> None
         ("common.cu", "Source", kernels.Source),
         ("common.cu", "SlotFacts", kernels.SlotFacts),
         ("quantise.cu", "Bounds", kernels.Bounds),
+        ("place.cu", "Ladder", kernels.Ladder),
         ("place.cu", "Sink", kernels.Sink),
         ("decode.cu", "Input", kernels.Input),
     ],
@@ -92,7 +103,7 @@ def test_structures_have_the_same_fields(file: str, name: str, structure: type[c
     text = files("kvferry.codecs.fused").joinpath(file).read_text()
     body = re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL)
     assert body
-    sizes = {"i64": 8, "double": 8, "int": 4, "u32": 4, "float": 4, "SlotFacts": 16}
+    sizes = {"i64": 8, "double": 8, "int": 4, "u32": 4, "float": 4, "SlotFacts": 16, "Ladder": 16}
     fields = []
     for line in body[1].split("\n"):
         declared = re.match(r"\s*(?:const )?(\w+) ([*\w][^;()]*);", line)

@@ -240,6 +240,34 @@ def test_codecs_that_slots_do_not_take(change: dict[str, object], error: type[Ex
         SlotCodec(paged(engine(of), of), codec, 5, 1 << 20)
 
 
+@pytest.mark.parametrize(
+    ("error_bound", "relaxations", "message"),
+    [
+        (1.0, 13, "max_relaxations=13 must be 0 to 12"),
+        (33.0, 9, "error_bound=33, doubled up to 9 times"),
+        (2e4, 0, "error_bound=20000, doubled up to 0 times"),
+    ],
+)
+def test_bounds_that_would_swallow_marks_are_refused(error_bound: float, relaxations: int, message: str) -> None:
+    of, _ = CASES["groups of two"]
+    kv = paged(engine(of), of)
+    with pytest.raises(ValueError, match=message):
+        SlotCodec(kv, Transform(of, error_bound=error_bound), 5, 1 << 20, max_relaxations=relaxations)
+
+
+def test_marks_survive_the_largest_bound() -> None:
+    of, _ = CASES["groups of two"]
+    before = engine(of)
+    before[0][4, 1, 3, 5] = math.nan
+    tensors = [tensor.clone() for tensor in before]
+    slot_codec, slots = encoded(paged(tensors, of), Transform(of, error_bound=16384.0), max_relaxations=0)
+    for tensor in tensors:
+        tensor.zero_()
+    assert decoded(slot_codec, slots) == [0, 0]
+    same = before[0][[3, 1, 4, 0]][:, :2, :, :32], tensors[0][[3, 1, 4, 0]][:, :2, :, :32]
+    assert torch.equal(same[0].contiguous().view(torch.int16), same[1].contiguous().view(torch.int16))
+
+
 def test_positions_are_checked() -> None:
     of, _ = CASES["groups of two"]
     kv = paged(engine(of), of)

@@ -97,7 +97,8 @@ def test_a_target_is_compared_with_the_certificate(path: str, tmp_path: Path) ->
         ({"profile": "PATH", "target_kl": "low"}, "compression_target_kl='low' is not a number"),
         ({"profile": 7}, "compression_profile=7 is a int"),
         ({"profile": "PATH", "error_bound": 0}, "compression_error_bound=0.0 must be"),
-        ({"profile": "PATH", "max_relaxations": 20}, "compression_max_relaxations=20 must be 0 to 12 with the codec"),
+        ({"profile": "PATH", "max_relaxations": 20}, "compression_codec=transform: max_relaxations=20 must be 0 to 12"),
+        ({"profile": "PATH", "error_bound": 100}, "error_bound=100, doubled up to 8 times, is above"),
     ],
 )
 def test_what_cannot_be(path: str, given: dict[str, Any], said: str) -> None:

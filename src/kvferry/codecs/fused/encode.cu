@@ -27,7 +27,7 @@ __device__ __noinline__ void finish_chunk(int chunk, u32 payload, int level, int
     next = __shfl_sync(FULL, next, 0);
     if (next >= 0) {
         // Whoever works on the chunk next finds it as if it were new. (A first try's tiles may still look at their own words.)
-        if (the_retry)
+        if (RETRY)
             for (int i = lane; i < tiles; i += 32) poke(sink.status(chunk * tiles + i), 0);
         if (lane == 0) {
             poke(&known.bound, 0);
@@ -54,18 +54,18 @@ __device__ __noinline__ void finish_chunk(int chunk, u32 payload, int level, int
     const u64 sum = warp_sum64(lane < 15 ? hash_term(v, lane) : 0);
     if (lane == 15) v = hash_end(sum);
     if (lane < 16) ((u32 *)sink.slot(chunk))[lane] = v;
-    if (the_retry && lane == 0) atomicSub(&sink.tickets().open, 1u);
+    if (RETRY && lane == 0) atomicSub(&sink.tickets().open, 1u);
 }
 
 // A tile that is where it belongs, and ends at `end`. In a first try a chunk is finished by its last tile, the others' bytes being on
 // their way. Who tries it again must not overtake those of the last try: then it is finished by whichever tile is the last to settle.
-__device__ __noinline__ void settled(int chunk, int local, i64 end, int level, int lane) {
+__device__ __forceinline__ void settled(int chunk, int local, i64 end, int level, int lane) {
     if constexpr (!PAGED) return;
     const Sink &sink = the_sink;
     const int tiles = the_source.tiles_per_chunk;
     const bool last = local + 1 == tiles;
     u32 payload = (u32)end;
-    if (the_retry) {
+    if constexpr (RETRY) {
         Chunk &known = sink.chunk(chunk);
         if (last && lane == 0) poke(&known.payload, payload);
         __threadfence();
@@ -100,6 +100,9 @@ constexpr int SCRATCH_BYTES = 8192;
 
 __shared__ int the_pending_level[KVF_THREADS / 32];  // of each warp's; registers are dear
 
+__device__ __forceinline__ int level_of_round() { return RETRY ? the_round.level : the_sink.ladder.first; }
+__device__ __forceinline__ int level_of_pending() { return RETRY ? the_pending_level[threadIdx.x >> 5] : the_sink.ladder.first; }
+
 __device__ __noinline__ void settle(const Pending pending, const u8 *scratch, int lane) {
     const Source &s = the_source;
     const Sink &sink = the_sink;
@@ -133,7 +136,7 @@ __device__ __noinline__ void settle(const Pending pending, const u8 *scratch, in
         }
         write_directory(s, sink, tile, writer, pending.size, end, lane);
     }
-    settled(tile.chunk, tile.local, end, the_pending_level[threadIdx.x >> 5], lane);
+    settled(tile.chunk, tile.local, end, level_of_pending(), lane);
 }
 
 // Warps of a block go through a tile's phases together, so that the code of one phase at a time needs to be at hand. Warps without a
@@ -159,7 +162,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         rows.load_rows(rows.group(0), 0, tokens, ahead);
         float most_bound = 0.0f;
         if constexpr (BOUNDED) {
-            make_quantisers<CPL>(s, tile, rows, bounds, looser_at(the_round.level & (FINAL - 1)), quantisers.each, lane);
+            make_quantisers<CPL>(s, tile, rows, bounds, looser_at(level_of_round() & (FINAL - 1)), quantisers.each, lane);
             most_bound = quantiser[0].bound;
             if (CHANNEL_STEPS) {
 #pragma unroll
@@ -238,8 +241,8 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         if (pending.tile >= 0) settle(pending, scratch, lane);
         __syncwarp();
         pending = {tile.index, size, layout.planes_at, raw ? -1 : layout.steps_at - layout.planes_at, 0};
-        if (lane == 0) the_pending_level[threadIdx.x >> 5] = the_round.level;
-        __syncwarp();
+        if (RETRY && lane == 0) the_pending_level[threadIdx.x >> 5] = the_round.level;
+        if (RETRY) __syncwarp();
         if (raw) return;
         // What does not fit the scratch goes to its place at once.
         const bool at_once = size - pending.gap > SCRATCH_BYTES;
@@ -247,7 +250,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         u8 *const out = at_once ? place(s, sink, tile, size, end, lane) : scratch;
         if (!out) {
             pending.tile = -1;
-            settled(tile.chunk, tile.local, end, the_round.level, lane);
+            settled(tile.chunk, tile.local, end, level_of_round(), lane);
             return;
         }
         Writer writer = {out, 0}, behind = {at_once ? out : out - pending.gap, 0};  // before and behind the planes
@@ -295,7 +298,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         if (at_once) {
             write_directory(s, sink, tile, writer, size, end, lane);
             pending.tile = -1;
-            settled(tile.chunk, tile.local, end, the_round.level, lane);
+            settled(tile.chunk, tile.local, end, level_of_round(), lane);
         }
         __syncwarp();
     }
@@ -308,13 +311,12 @@ __device__ __noinline__ void encode_tiles(const int *radius, u32 tables, const S
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u8 *scratch = sink.scratch + ((i64)blockIdx.x * WARPS + warp) * SCRATCH_BYTES;
     Pending pending = {-1};
-    if (lane == 0) the_pending_level[warp] = sink.ladder.first;
     // A block takes a round of tiles, one a warp. Asking for the next ticket ahead of time makes everyone behind it wait: tried, 6% slower.
     for (;;) {
         u32 ticket = 0;
         __syncthreads();
         if (threadIdx.x == 0) {
-            if (the_retry) {
+            if (RETRY) {
                 ticket = atomicAdd(&sink.tickets().again, 1u);
                 the_round = listed_round(ticket);
             } else {
@@ -323,7 +325,7 @@ __device__ __noinline__ void encode_tiles(const int *radius, u32 tables, const S
             }
         }
         __syncthreads();
-        if (the_retry && !the_round.active) {
+        if (RETRY && !the_round.active) {
             // What this block holds back may be what it waits for.
             if (pending.tile >= 0) settle(pending, scratch, lane);
             pending.tile = -1;
@@ -347,18 +349,17 @@ __device__ __noinline__ void encode_tiles(const int *radius, u32 tables, const S
     if (pending.tile >= 0) settle(pending, scratch, lane);
 }
 
-// `retry` 0: all tiles. `retry` 1: the chunks that are on the list.
+// All tiles; with RETRY, the chunks that are on the list.
 extern "C" __global__ void __launch_bounds__(KVF_THREADS, KVF_BLOCKS)
-    kvf_encode(Source src, Sink sink, Bounds bounds, const uint2 *tables, const int *radius, int retry) {
+    kvf_encode(Source src, Sink sink, Bounds bounds, const uint2 *tables, const int *radius) {
     extern __shared__ uint4 shared[];
-    if (retry && !sink.tickets().overflowed) return;
+    if (RETRY && !sink.tickets().overflowed) return;
     if (threadIdx.x == 0) {
         the_source = src;
         the_sink = sink;
-        the_sink.status_at = retry ? src.num_tiles : 0;
+        the_sink.status_at = RETRY ? src.num_tiles : 0;
         the_bounds = bounds;
-        the_retry = retry != 0;
-        const int count = retry ? (int)sink.tickets().overflowed * src.tiles_per_chunk : src.num_tiles;
+        const int count = RETRY ? (int)sink.tickets().overflowed * src.tiles_per_chunk : src.num_tiles;
         the_share = max(1, min(KVF_THREADS / 32, (count + (int)gridDim.x - 1) / (int)gridDim.x));
     }
     uint2 *shared_tables = (uint2 *)shared;

@@ -3,10 +3,12 @@
 // Chunks to be tried again stand on a list, of which blocks take rounds of tiles in order. A chunk that does not fit then either goes to
 // the list's end. Who finds nothing on the list waits while chunks are open: their tiles are with blocks that run.
 
+constexpr bool RETRY = KVF_RETRY;  // whether this kernel is for chunks that are tried again
 constexpr int SPARE = 64, LEVELS_OF_PAYLOAD = 32, MOST_TRIES = 8, FINAL = 1 << 8;
 
-// What the bounds of a level are multiplied by: a power of two, or of the eighth root of two.
+// What the bounds of a level are multiplied by: a power of two, or of the eighth root of two. Of all first levels, one.
 __device__ __forceinline__ float looser_at(int level) {
+    if (!RETRY) return 1.0f;
     if (!the_sink.ladder.searches) return __uint_as_float((u32)(127 + level) << 23);
     const u32 mantissas[8] = {0x3f800000u, 0x3f8b95c2u, 0x3f9837f0u, 0x3fa5fed7u, 0x3fb504f3u, 0x3fc5672au, 0x3fd744fdu, 0x3feac0c7u};
     u32 mantissa = mantissas[0];
@@ -52,14 +54,13 @@ struct Round {
     int first, active, level;
 };
 
-__shared__ bool the_retry;  // whether this launch is of chunks that are tried again
-__shared__ int the_share;   // tiles of a round, at most
+__shared__ int the_share;  // tiles of a round, at most
 __shared__ Round the_round;
 
 __device__ __forceinline__ void list_again(int chunk, int level) {
     const Sink &sink = the_sink;
     Tickets &tickets = sink.tickets();
-    if (!the_retry) {
+    if (!RETRY) {
         atomicAdd(&tickets.open, 1u);
         atomicAdd(&tickets.overflowed, 1u);
     }

@@ -19,7 +19,9 @@ from kvferry.packing.columns import Bases
 CODECS = {"raw": 0, "lossless": 1, "bounded": 2}
 PACKINGS = {"none": 0, "ans": 1, "bitpack": 2}
 BASES = {Bases.ALL: 0, Bases.NONE: 1, Bases.APART: 2}
-ENCODE, DECODE = "kvf_encode", "kvf_decode"
+ENCODE, RETRY, DECODE = "encode", "retry", "decode"
+"""What a kernel does; RETRY encodes chunks that did not fit their slots once more."""
+ENTRIES = {ENCODE: "kvf_encode", RETRY: "kvf_encode", DECODE: "kvf_decode"}
 SCRATCH_BYTES = 8192
 """Of each warp that encodes (encode.cu)."""
 
@@ -45,9 +47,10 @@ class Case:
     @property
     def table_bytes(self) -> dict[str, int]:
         if self.packing != "ans":
-            return {ENCODE: 0, DECODE: 0}
+            return {ENCODE: 0, RETRY: 0, DECODE: 0}
         count = family(self.one_sided).count + 1
-        return {ENCODE: count * ALPHABET * 8, DECODE: count * PROB_SCALE * 4}
+        encoder = count * ALPHABET * 8
+        return {ENCODE: encoder, RETRY: encoder, DECODE: count * PROB_SCALE * 4}
 
     def defines(self, kernel: str, threads: int) -> dict[str, int]:
         split = SPLITS.get(self.dtype)
@@ -63,10 +66,11 @@ class Case:
             "KVF_PAGED": int(self.paged),
             "KVF_THREADS": threads,
             "KVF_BLOCKS": self.shape(kernel).blocks,
+            "KVF_RETRY": int(kernel == RETRY),
         }
 
     def shape(self, kernel: str) -> "Shape":
-        return SHAPES[kernel, self.packing]
+        return SHAPES[DECODE if kernel == DECODE else ENCODE, self.packing]
 
     def source(self, kernel: str) -> str:
         """CUDA C++ of `kernel`."""
@@ -234,7 +238,7 @@ def load(case: Case, kernel: str, device: int) -> Loaded:
     threads, shared_bytes = 32 * warps, tables + warps * shape.warp_bytes
     arch = f"sm_{properties.major}{properties.minor}"
     loaded = load_kernel(
-        cached_cubin(case.source(kernel), arch, case.defines(kernel, threads)), kernel, device, shared_bytes
+        cached_cubin(case.source(kernel), arch, case.defines(kernel, threads)), ENTRIES[kernel], device, shared_bytes
     )
     blocks = loaded.resident_blocks(threads, shared_bytes)
     return Loaded(loaded, threads, shared_bytes, blocks, properties.multi_processor_count)

@@ -15,7 +15,7 @@ from kvferry.blocks import BIT_DTYPES
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.bounded.steps import round_down
 from kvferry.codecs.fused import kernels
-from kvferry.codecs.fused.kernels import DECODE, ENCODE, Case, Loaded, SlotFacts
+from kvferry.codecs.fused.kernels import DECODE, ENCODE, RETRY, Case, Loaded, SlotFacts
 from kvferry.codecs.fused.tables import decoder_table, encoder_tables
 from kvferry.device.nvrtc import Arguments, current_stream_handle, zero_words
 from kvferry.format.frame import MODES, PACKINGS
@@ -124,6 +124,10 @@ class _Prepared:
         return kernels.load(self.case, ENCODE, self.device.index)
 
     @cached_property
+    def retrier(self) -> Loaded:
+        return kernels.load(self.case, RETRY, self.device.index)
+
+    @cached_property
     def decoder(self) -> Loaded:
         return kernels.load(self.case, DECODE, self.device.index)
 
@@ -142,18 +146,17 @@ class _Prepared:
         source.num_tiles = chunks * source.tiles_per_chunk
         sink.slots, sink.slot_index, sink.identities = slots.data_ptr(), slot_index.data_ptr(), identities.data_ptr()
         sink.num_chunks = chunks
-        retry = ctypes.c_int32(0)
-        arguments = Arguments(source, sink, self.bounds, *self.tables[:2], retry)
+        arguments = Arguments(source, sink, self.bounds, *self.tables[:2])
         workspace = _workspace(self.device)
         with workspace.lock:
             retries = sink.ladder.retries
             words = kernels.work_words(chunks, source.num_tiles, retries)
-            sink.work = workspace.work(words, self.encoder.scratch_bytes)
+            scratch_bytes = max(each.scratch_bytes for each in (self.encoder, *([self.retrier] if retries else [])))
+            sink.work = workspace.work(words, scratch_bytes)
             sink.scratch = workspace.scratch.data_ptr()
             self.encoder.launch(source.num_tiles, self.num_sms, arguments)
             if retries:
-                retry.value = 1
-                self.encoder.launch(source.num_tiles, self.num_sms, arguments)
+                self.retrier.launch(source.num_tiles, self.num_sms, arguments)
 
     def decode(self, slots: Tensor, slot_index: Tensor, page_table: Tensor, identities: Tensor, status: Tensor) -> None:
         source = _copy(self.source)

@@ -15,6 +15,7 @@ from kvferry.codecs.base import Codec
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.lossless import Lossless
 from kvferry.codecs.raw import Raw
+from kvferry.codecs.slots import check_transform_bounds
 from kvferry.codecs.transform import Transform
 from kvferry.codecs.transform.profile import Profile
 from kvferry.format.frame import MODES, PACKINGS
@@ -32,7 +33,6 @@ transform's is its profile's."""
 DEFAULT_BOUNDS = {TRANSFORM: 1.0}
 """Of codecs whose bounds have other units than `bounded`'s."""
 _BOUND = 1e-2
-_MOST_TRANSFORM_RELAXATIONS = 12
 FP8_LOSSLESS_RATIO = 1.1
 """A float8 has few bits that can be predicted."""
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -112,11 +112,10 @@ class OffloadSettings:
             raise ValueError(
                 f"{PREFIX}codec=transform needs {PREFIX}profile: name a file that kvferry calibrate made of this model"
             )
-        if self.overflow == "relax" and self.max_relaxations > _MOST_TRANSFORM_RELAXATIONS:
-            raise ValueError(
-                f"{PREFIX}max_relaxations={self.max_relaxations} must be 0 to {_MOST_TRANSFORM_RELAXATIONS} with the "
-                "codec transform"
-            )
+        try:
+            check_transform_bounds(self.bound, self.max_relaxations if self.overflow == "relax" else 0)
+        except ValueError as error:
+            raise ValueError(f"{PREFIX}codec=transform: {error}") from None
 
     @property
     def bound(self) -> float:
