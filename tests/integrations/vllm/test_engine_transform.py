@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from profile_files import HEADS, LAYERS, make_file
+from profile_files import HEADS, LAYERS, certificate, make_file
 from prompts import PROMPTS, cached_of, prompt, tokens_of
 
 from kvferry import Profile, Transform
@@ -124,6 +124,25 @@ def test_the_certificates_ratio_sizes_the_slots(start: Any, path: str) -> None:
     assert all(cached_of(engine.ask(PROMPTS)))
     said = engine.connector.get_kv_connector_stats().reduce()
     assert said["vllm:kvferry_ratio"] > 1
+
+
+def test_a_fixed_rate_fills_the_slots(start: Any, path: str, seen: Seen) -> None:
+    """Steps finer than what the slots have room for: each chunk is coded looser, as loose as need be."""
+    fine = Profile.load(path)
+    fine = fine.with_steps([(part.k.step / 4, part.v.step / 4) for part in fine.layers])
+    fine.with_certificate(certificate()).save(Path(path).with_name("fine.safetensors"))
+    extra = settings(str(Path(path).with_name("fine.safetensors")), compression_ratio=3.0, compression_overflow="fit")
+    engine = start(extra)
+    codec = engine.worker._parts[0][0].slot_codec
+    first = engine.ask(PROMPTS, tokens=2)
+    engine.settle()
+    engine.forget_gpu()
+    assert all(count >= 2 * CHUNK for count in cached_of(engine.ask(PROMPTS, tokens=2)))
+    counted = engine.counted
+    assert not counted.relaxed_chunks and not counted.rejected_chunks and not counted.failed_loads
+    stored = counted.stored_bytes / (counted.stored_raw_bytes / (codec.chunk_pages * codec.kv.page_bytes))
+    assert 0.85 * codec.slot_bytes < stored <= codec.slot_bytes
+    assert first and seen.errors and 0 < max(seen.errors) < 1.0
 
 
 def test_slots_of_another_position_are_misses(start: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:

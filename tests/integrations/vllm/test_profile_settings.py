@@ -99,6 +99,9 @@ def test_a_target_is_compared_with_the_certificate(path: str, tmp_path: Path) ->
         ({"profile": "PATH", "error_bound": 0}, "compression_error_bound=0.0 must be"),
         ({"profile": "PATH", "max_relaxations": 20}, "compression_codec=transform: max_relaxations=20 must be 0 to 12"),
         ({"profile": "PATH", "error_bound": 100}, "error_bound=100, doubled up to 8 times, is above"),
+        ({"profile": "PATH", "overflow": "fit", "error_bound": 1}, "compression_error_bound=1.0 has no meaning with"),
+        ({"profile": "PATH", "overflow": "fit", "target_kl": 1}, "compression_target_kl=1.0 has no meaning with"),
+        ({"codec": "bounded", "overflow": "fit"}, "compression_overflow='fit' goes with compression_codec=transform"),
     ],
 )
 def test_what_cannot_be(path: str, given: dict[str, Any], said: str) -> None:

@@ -24,7 +24,7 @@ from kvferry.integrations.vllm.compat import (
     layer_specs_of,
     offloaded_groups,
 )
-from kvferry.integrations.vllm.settings import OffloadSettings
+from kvferry.integrations.vllm.settings import FIT, OffloadSettings
 from kvferry.pages import ROW_STEP, PagedKV
 
 logger = init_logger(__name__)
@@ -281,7 +281,7 @@ def _parts(
             codec,
             chunk_pages,
             slot_bytes,
-            settings.overflow,
+            "relax" if settings.overflow == FIT else settings.overflow,
             settings.max_relaxations,
             num_sms=settings.num_sms,
             max_positions=max_positions,

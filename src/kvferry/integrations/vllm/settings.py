@@ -25,6 +25,7 @@ from kvferry.integrations.vllm.profiles import TRANSFORM, check_target, default_
 PREFIX = "compression_"
 """Of our keys in kv_connector_extra_config."""
 ENABLE_KEY = "enable_compression"
+FIT = "fit"
 CODECS = ("bounded", "lossless", TRANSFORM, "raw")
 RELATIVE_TO = ("tile", "channel", "absolute")
 DEFAULT_RATIOS = {"bounded": 3.0, "lossless": 1.35, "raw": 1.0}
@@ -56,7 +57,8 @@ class OffloadSettings:
     file of the transform's profile; `target_kl`: nats a token that its certificate may state at most (None: any).
     `ratio`: raw bytes over slot bytes, which fixes how many chunks the host memory holds (None: by codec). `overflow`:
     a chunk that does not fit its slot is coded with doubled bounds ("relax", at most `max_relaxations` times), or not
-    stored ("reject"). `ring_mib`: GPU memory of each direction's staging ring. `num_sms`: how much of the GPU the
+    stored ("reject"); "fit", with "transform": there is no bound, each chunk takes the finest that its slot has room
+    for. `ring_mib`: GPU memory of each direction's staging ring. `num_sms`: how much of the GPU the
     coders may use (None: all). `timing`: measure the stages. `load_failure_policy`: what vLLM does with a request whose
     load failed, "recompute" or "fail".
     """
@@ -82,7 +84,7 @@ class OffloadSettings:
         _one_of("relative_to", self.relative_to, RELATIVE_TO)
         _one_of("mode", self.mode, MODES)
         _one_of("packing", self.packing, PACKINGS)
-        _one_of("overflow", self.overflow, ("relax", "reject"))
+        _one_of("overflow", self.overflow, ("relax", "reject", FIT))
         _one_of("load_failure_policy", self.load_failure_policy, ("recompute", "fail"))
         if not 0 < self.bound < math.inf:
             raise ValueError(
@@ -101,6 +103,11 @@ class OffloadSettings:
         if self.target_kl is not None and not 0 < self.target_kl < math.inf:
             raise ValueError(f"{PREFIX}target_kl={self.target_kl!r} must be a finite number above 0: nats a token")
         if self.codec != TRANSFORM:
+            if self.overflow == FIT:
+                raise ValueError(
+                    f"{PREFIX}overflow={FIT!r} goes with {PREFIX}codec=transform, not {self.codec}: choose relax or "
+                    "reject"
+                )
             for name in ("profile", "target_kl"):
                 if getattr(self, name) is not None:
                     raise ValueError(
@@ -112,6 +119,13 @@ class OffloadSettings:
             raise ValueError(
                 f"{PREFIX}codec=transform needs {PREFIX}profile: name a file that kvferry calibrate made of this model"
             )
+        if self.overflow == FIT:
+            for name in ("error_bound", "target_kl"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{PREFIX}{name}={getattr(self, name)!r} has no meaning with {PREFIX}overflow={FIT!r}, where "
+                        f"the slot's size decides on the error: leave it out, or choose relax or reject"
+                    )
         try:
             check_transform_bounds(self.bound, self.max_relaxations if self.overflow == "relax" else 0)
         except ValueError as error:
@@ -145,7 +159,8 @@ class OffloadSettings:
         if self.codec == TRANSFORM and dtype in Transform.dtypes:
             profile = self.load_profile()
             own = part_of(profile, *heads) if heads is not None else profile
-            return Transform(own, error_bound=self.bound, packing=self.packing)
+            ratio = self._transform_ratio(profile) if self.overflow == FIT else None
+            return Transform(own, error_bound=self.bound, ratio=ratio, packing=self.packing)
         if self.codec == "bounded" and dtype in Bounded.dtypes:
             relative = self.relative_to != "absolute"
             return Bounded(
@@ -163,11 +178,14 @@ class OffloadSettings:
         if isinstance(codec, Raw):
             return 1.0
         if isinstance(codec, Transform):
-            return self.ratio if self.ratio is not None else default_ratio(codec.profile, self.bound)
+            return self._transform_ratio(codec.profile)
         if dtype.itemsize == 1:
             # A ratio that was given for 16-bit values promises nothing for these.
             return min(self.ratio or FP8_LOSSLESS_RATIO, FP8_LOSSLESS_RATIO)
         return self.ratio if self.ratio is not None else DEFAULT_RATIOS[codec.name]
+
+    def _transform_ratio(self, profile: Profile) -> float:
+        return self.ratio if self.ratio is not None else default_ratio(profile, self.bound)
 
     @property
     def identity(self) -> str:
