@@ -15,32 +15,6 @@ __device__ __forceinline__ void code_symbol(u32 &state, uint2 entry) {
     state = quotient * (entry.y & 255) + state + __byte_perm(entry.y, 0, 0x4421);
 }
 
-__device__ __forceinline__ uint2 table_entry(u32 address) {  // tables do not change: the compiler may move this
-    uint2 v;
-    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-    return v;
-}
-
-// One pair's word, where the state has grown too large for its two frequencies.
-__device__ __forceinline__ void emit_word(u32 &state, u32 &words_at, u32 frequencies, u32 below) {
-    asm volatile(
-        "{ .reg .pred full; .reg .u32 v, mask, rank; .reg .u16 word;\n\t"
-        "shr.u32 v, %0, 16;\n\t"
-        "setp.ge.u32 full, v, %2;\n\t"
-        "vote.sync.ballot.b32 mask, full, 0xffffffff;\n\t"
-        "and.b32 rank, mask, %3;\n\t"
-        "popc.b32 mask, mask;\n\t"
-        "popc.b32 rank, rank;\n\t"
-        "mad.lo.u32 %1, mask, -2, %1;\n\t"
-        "mad.lo.u32 rank, rank, 2, %1;\n\t"
-        "cvt.u16.u32 word, %0;\n\t"
-        "@full st.shared.u16 [rank], word;\n\t"
-        "@full mov.u32 %0, v; }"
-        : "+r"(state), "+r"(words_at)
-        : "r"(frequencies), "r"(below)
-        : "memory");
-}
-
 constexpr int MIDDLE = BOUNDED ? ALPHABET / 2 : 0;  // entry of symbol 0
 
 // From a value of a lane's channels to its entry: (value + offset) >> shift; a channel's first one has its own offset in differences.
@@ -151,7 +125,7 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
         for (int i = 0; i < 4; ++i)
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
-                entry[i][k] = table_entry(address[i][k]);
+                entry[i][k] = table_words(address[i][k]);
                 all &= entry[i][k].x;
             }
         if ((int)all >= 0) {
@@ -162,7 +136,7 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
                 for (int k = 0; k < CPL; ++k)
                     if (entry[i][k].x == 0) {
                         mark_exact(stage, (4 * g + i) * channels + lane * CPL + k);
-                        entry[i][k] = table_entry(entries[k] + 8 * MIDDLE);
+                        entry[i][k] = table_words(entries[k] + 8 * MIDDLE);
                     }
         }
 #pragma unroll

@@ -1,4 +1,4 @@
-// What the fused encoder and decoder share. Every other .cu file here is compiled behind this text.
+// What the fused encoder and decoder share. Their other files are compiled behind this text, which is compiled behind intrinsics.cu.
 //
 // docs/format.md is the contract, packing/*/reference.py the truth: both make the same bytes. One warp codes one tile. Lane l
 // owns channels l*CPL .. l*CPL+CPL-1, so a token's row is read with one vector load a lane, and in `ans` the 32 lanes are the 32
@@ -7,14 +7,6 @@
 // The host defines: KVF_CODEC (0 raw, 1 lossless, 2 bounded), KVF_PACKING (1 ans, 2 bitpack), KVF_ITEM (bytes of a value),
 // KVF_MANTISSA and KVF_EXPONENT (bits), KVF_BASES (0 every group has a base, 1 none, 2 those kept apart), KVF_CHANNEL_STEPS (1 if
 // each channel has its own step), KVF_CPLS (bit n-1: tiles with n channels a lane occur), KVF_PAGED (1: values lie in pages, tiles go to slots; 0: one tensor, one payload).
-// No header is included, so NVRTC needs none. Compile with -fmad=false: the quantiser is exact only if every product is
-// rounded on its own, as PyTorch does.
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
 
 #if KVF_ITEM == 1
 typedef u8 word_t;
@@ -24,7 +16,6 @@ typedef u16 word_t;
 typedef u32 word_t;
 #endif
 
-constexpr u32 FULL = 0xffffffffu;
 constexpr bool RAW = KVF_CODEC == 0, LOSSLESS = KVF_CODEC == 1, BOUNDED = KVF_CODEC == 2;
 constexpr bool ANS = KVF_PACKING == 1, PAGED = KVF_PAGED;
 constexpr int PROB_BITS = 8, PROB_SCALE = 1 << PROB_BITS, ALPHABET = 64;
@@ -60,57 +51,13 @@ __shared__ Source the_source;
 
 __device__ __forceinline__ int pad4(int n) { return (n + 3) & ~3; }
 
-// Bits of the lanes before this one. Volatile, so that it is kept in a register rather than made anew in every step.
-__device__ __forceinline__ u32 lanes_before() {
-    u32 mask;
-    asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
-    return mask;
-}
-
-// Shared memory by its own 32-bit addresses: through pointers, the compiler computes the window's base in every step.
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ u32 load_shared(u32 address) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-__device__ __forceinline__ void store_shared(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
-__device__ __forceinline__ u32 load_shared_u8(u32 address) {
-    u32 v;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-__device__ __forceinline__ void store_shared_u8(u32 address, u32 v) { asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
-// CPL words of a lane, at an address that is a multiple of 4*CPL (of 4 where CPL is 1 or 3).
-template <int CPL>
-__device__ __forceinline__ void load_shared_words(u32 address, u32 (&v)[CPL]) {
-    if constexpr (CPL == 4) asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address));
-    else if constexpr (CPL == 2) asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address));
-    else {
-#pragma unroll
-        for (int k = 0; k < CPL; ++k) v[k] = load_shared(address + 4 * k);
-    }
-}
-template <int CPL>
-__device__ __forceinline__ void store_shared_words(u32 address, const u32 (&v)[CPL]) {
-    if constexpr (CPL == 4) asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
-    else if constexpr (CPL == 2) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v[0]), "r"(v[1]) : "memory");
-    else {
-#pragma unroll
-        for (int k = 0; k < CPL; ++k) store_shared(address + 4 * k, v[k]);
-    }
-}
-
 __device__ __forceinline__ float as_float(u32 word) {
 #if KVF_ITEM == 4
     return __uint_as_float(word);
 #elif KVF_EXPONENT == 8
     return __uint_as_float(word << 16);
 #elif KVF_ITEM == 2
-    float f;
-    u16 h = (u16)word;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
+    return from_half(word);
 #else
     return 0.0f;
 #endif
@@ -121,28 +68,16 @@ __device__ __forceinline__ u32 as_word(float f) {
 #if KVF_ITEM == 4
     return __float_as_uint(f);
 #elif KVF_EXPONENT == 8
-    u16 h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return h;
+    return bfloat_bits(f);
 #elif KVF_ITEM == 2
-    u16 h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return h;
+    return half_bits(f);
 #else
     return 0u;
 #endif
 }
 
-// Two values rounded to a 16-bit dtype, the first in the low half: one instruction.
-__device__ __forceinline__ u32 as_word_pair(float low, float high) {
-    u32 pair;
-#if KVF_EXPONENT == 8
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-    return pair;
-}
+// Two values rounded to a 16-bit dtype, the first in the low half.
+__device__ __forceinline__ u32 as_word_pair(float low, float high) { return KVF_EXPONENT == 8 ? bfloat_pair(low, high) : half_pair(low, high); }
 
 // 1.5 * 2**23: adding it rounds a float below 2**22 to an integer (to nearest even) and leaves that in the low mantissa bits.
 // Conversion instructions do the same at a quarter of the rate.
@@ -174,36 +109,6 @@ __device__ __forceinline__ int exclusive_sum(int v, int lane, int &total) {
 __device__ __forceinline__ int warp_min(int v) { return __reduce_min_sync(FULL, v); }
 __device__ __forceinline__ int warp_max(int v) { return __reduce_max_sync(FULL, v); }
 __device__ __forceinline__ int warp_sum(int v) { return __reduce_add_sync(FULL, v); }
-
-// min(max(v, 0), most), for most >= 0.
-__device__ __forceinline__ int clamp_to(int v, int most) {
-#if __CUDA_ARCH__ >= 900
-    int clamped;
-    asm("min.s32.relu %0, %1, %2;" : "=r"(clamped) : "r"(v), "r"(most));
-    return clamped;
-#else
-    return max(min(v, most), 0);
-#endif
-}
-// Smallest and largest of two unsigned halves at once.
-__device__ __forceinline__ u32 min_halves(u32 a, u32 b) {
-#if __CUDA_ARCH__ >= 900
-    u32 v;
-    asm("min.u16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-#else
-    return min(a & 0xffff, b & 0xffff) | min(a >> 16, b >> 16) << 16;
-#endif
-}
-__device__ __forceinline__ u32 max_halves(u32 a, u32 b) {
-#if __CUDA_ARCH__ >= 900
-    u32 v;
-    asm("max.u16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-#else
-    return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16;
-#endif
-}
 
 __device__ __forceinline__ int small_bits(int code) { return code == 0 ? 0 : 2 << code; }
 
@@ -338,19 +243,6 @@ struct Rows {
         for (int k = 0; k < CPL; ++k)
             if (k < count) packed[k * KVF_ITEM / 4] |= (u32) * (const word_t *)(p + k * channel_bytes) << (8 * (k * KVF_ITEM % 4));
     }
-    // Global by instruction: the compiler cannot tell from a table of addresses.
-    __device__ __forceinline__ static void load_vector(const u8 *p, u32 (&packed)[PACKED]) {
-        if constexpr (WIDTH == 16) asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(packed[0]), "=r"(packed[1]), "=r"(packed[2]), "=r"(packed[3]) : "l"(p));
-        else if constexpr (WIDTH == 8) asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(packed[0]), "=r"(packed[1]) : "l"(p));
-        else if constexpr (WIDTH == 4) asm volatile("ld.global.u32 %0, [%1];" : "=r"(packed[0]) : "l"(p));
-        else if constexpr (WIDTH == 2) asm volatile("ld.global.u16 %0, [%1];" : "=r"(packed[0]) : "l"(p));
-    }
-    __device__ __forceinline__ static void store_vector(u8 *p, const u32 (&packed)[PACKED]) {
-        if constexpr (WIDTH == 16) asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3]) : "memory");
-        else if constexpr (WIDTH == 8) asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(packed[0]), "r"(packed[1]) : "memory");
-        else if constexpr (WIDTH == 4) asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(packed[0]) : "memory");
-        else if constexpr (WIDTH == 2) asm volatile("st.global.u16 [%0], %1;" ::"l"(p), "r"(packed[0]) : "memory");
-    }
     // Rows t0 .. t0+3 (t0 a multiple of 4) from `p` = group(t0), as they lie in memory; behind the last token it again; 0 where p is null.
     __device__ __forceinline__ void load_rows(const u8 *p, int t0, int tokens, u32 (&packed)[4][PACKED]) const {
         if (!p || !count) {
@@ -360,7 +252,7 @@ struct Rows {
                 for (int j = 0; j < PACKED; ++j) packed[i][j] = 0;
         } else if (vector && t0 + 4 <= tokens) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) load_vector(p + (i64)i * token_bytes, packed[i]);
+            for (int i = 0; i < 4; ++i) load_global<WIDTH>(p + (i64)i * token_bytes, packed[i]);
         } else {
 #pragma unroll 1
             for (int i = 0; i < 4; ++i) {
@@ -383,7 +275,7 @@ struct Rows {
         for (int j = 0; j < PACKED; ++j) packed[j] = 0;
         if (!p || !count) return;
         p += (i64)(t & 3) * token_bytes;
-        if (vector) load_vector(p, packed);
+        if (vector) load_global<WIDTH>(p, packed);
         else load(p, packed);
     }
     __device__ static __forceinline__ u32 value(const u32 (&packed)[PACKED], int k) {
@@ -404,7 +296,7 @@ struct Rows {
         if (vector && t0 + 4 <= tokens) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                store_vector(p + (i64)i * token_bytes, packed[i]);
+                store_global<WIDTH>(p + (i64)i * token_bytes, packed[i]);
             }
         } else {
 #pragma unroll

@@ -125,13 +125,6 @@ __device__ __forceinline__ u32 stream_bits(u32 shared, const u32 *memory, int fi
     return width == 32 ? bits : bits & ((1u << width) - 1);
 }
 
-// The decoder's view of a table: 256 words {frequency (16 bits), slot - cum (8), symbol (8, signed)}.
-__device__ __forceinline__ u32 table_slot(u32 address) {  // tables do not change: the compiler may move this
-    u32 v;
-    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-
 // The tokens of a tile, in order, four at a time. Returns whether the lane ended as it must. `has_low` (ans): some channel has raw low bits.
 // STAGED (bitpack): the groups lie in shared memory.
 template <int CPL, bool STAGED>
@@ -200,25 +193,12 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int step = 2 * pair + half, i = step / CPL, k = step % CPL;
-                    const u32 slot = table_slot((tail && i && t0 + i >= tokens ? idle : slots[k]) + 4 * (state & (PROB_SCALE - 1)));
+                    // {frequency (16 bits), slot - cum (8), symbol (8, signed)}
+                    const u32 slot = table_word((tail && i && t0 + i >= tokens ? idle : slots[k]) + 4 * (state & (PROB_SCALE - 1)));
                     state = (slot & 0xffff) * (state >> PROB_BITS) + __byte_perm(slot, 0, 0x4442);
                     value[i][k] = (int)slot >> 24;
                 }
-                asm volatile(
-                    "{ .reg .pred need; .reg .u32 mask, rank, word; .reg .u16 half;\n\t"
-                    "setp.lt.u32 need, %0, 65536;\n\t"
-                    "vote.sync.ballot.b32 mask, need, 0xffffffff;\n\t"
-                    "and.b32 rank, mask, %2;\n\t"
-                    "popc.b32 rank, rank;\n\t"
-                    "popc.b32 mask, mask;\n\t"
-                    "mad.lo.u32 rank, rank, 2, %1;\n\t"
-                    "ld.shared.u16 half, [rank];\n\t"
-                    "cvt.u32.u16 word, half;\n\t"
-                    "@need prmt.b32 %0, word, %0, 0x5410;\n\t"
-                    "mad.lo.u32 %1, mask, 2, %1; }"
-                    : "+r"(state), "+r"(words)
-                    : "r"(below)
-                    : "memory");
+                take_word(state, words, below);
             }
             if (LOW_BITS || (BOUNDED && has_low)) {
 #pragma unroll

@@ -21,11 +21,6 @@ struct Stage {
 
 __device__ __forceinline__ void mark_exact(const Stage &stage, int position) { atomicOr(stage.exact + (position >> 5), 1u << (position & 31)); }
 
-__device__ __forceinline__ u32 dot4(u32 a, u32 b, u32 sum) {
-    asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
-    return sum;
-}
-
 // A number that is small, but not 0, for the values that must be stored in their own bits: below SPECIAL_BELOW after 1 is taken off.
 #if KVF_ITEM == 2 && KVF_EXPONENT == 8
 constexpr u32 SPECIAL_BELOW = 0x00ffffffu;  // of the float's bits, as bfloat16's lie in their upper half

@@ -75,9 +75,9 @@ class Case:
     def source(self, kernel: str) -> str:
         """CUDA C++ of `kernel`."""
         if kernel == DECODE:
-            parts = ["common", "decode"]
+            parts = ["intrinsics", "common", "decode"]
         else:
-            parts = ["common", "quantise", "choose", "gather"]
+            parts = ["intrinsics", "common", "quantise", "choose", "gather"]
             parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode", "place", "fit", "write", "encode"]
         folder = files(__package__)
         return "".join(folder.joinpath(f"{part}.cu").read_text() for part in parts)

@@ -50,13 +50,6 @@ __shared__ Sink the_sink;
 
 constexpr u32 SIZE_KNOWN = 1, PLACE_KNOWN = 2;  // status: words << 2 | one of these
 
-__device__ __forceinline__ u32 peek(const u32 *p) {
-    u32 v;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void poke(u32 *p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-
 // A tile's bound goes before its size: whoever has seen the sizes of a chunk has seen the bounds.
 __device__ __forceinline__ void publish(const Sink &sink, const Tile &tile, float bound, int size, int lane) {
     if (BOUNDED && lane == 0 && !the_bounds.uniform()) {

@@ -115,7 +115,7 @@ __device__ __forceinline__ void make_quantisers(const Source &s, const Tile &til
             const u8 *p = rows.group(8 * i);
 #pragma unroll
             for (int j = 0; j < Rows<CPL>::PACKED; ++j) row[i][j] = 0;
-            if (p && rows.count) Rows<CPL>::load_vector(p, row[i]);
+            if (p && rows.count) load_global<Rows<CPL>::WIDTH>(p, row[i]);
         }
 #pragma unroll
         for (int i = 0; i < TILE_TOKENS / 8; ++i) add(row[i]);

@@ -6,20 +6,13 @@
 // four, rounded once. Hence the same bits as the reference's.
 //
 // The host defines: KVF_INVERSE, KVF_MANTISSA (7 bfloat16, 10 float16), KVF_N (channels of a group), KVF_HEAD (channels of a head),
-// KVF_ROTARY (of them in RoPE pairs, 0 none), KVF_INTERLEAVED (pairs are neighbours). Compile with -fmad=false.
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+// KVF_ROTARY (of them in RoPE pairs, 0 none), KVF_INTERLEAVED (pairs are neighbours). Behind intrinsics.cu.
 
 constexpr int N = KVF_N, HEAD = KVF_HEAD, ROTARY = KVF_ROTARY, HALF = ROTARY / 2;
 constexpr int DEPTH = (N + 31) / 32 * 32, STEPS = DEPTH / 32, TILES = N / 8;  // of the product: its inner size, steps of 32, columns by 8
 constexpr int TOKENS = 64, THREADS = 256, WARPS = THREADS / 32;
 // A row in shared memory: N values of 16 bits, then in their place DEPTH high and DEPTH low halves. 16 bytes more: no bank conflicts.
 constexpr int ROW_BYTES = 2 * DEPTH + 16, PAIRS = (DEPTH + 63) / 64;
-constexpr u32 FULL = 0xffffffffu;
 constexpr float LARGEST = 65504.0f;
 constexpr float MARK = 30000.0f, MARKED_ABOVE = 15000.0f, EXACT_BOUND = 7.52316384526264e-37f;  // 2**-120
 constexpr float DTYPE_LARGEST = KVF_MANTISSA == 7 ? 3.3895313892515355e38f : 65504.0f;
@@ -40,30 +33,8 @@ struct Job {
     int parts, groups, part_lines, num_lines, coded, mark_width;  // groups: of a layer's K, or V; coded: lines of coefficients and marks
 };
 
-__device__ __forceinline__ u32 half_bits(float f) {
-    u16 h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return h;
-}
-__device__ __forceinline__ float from_half(u32 word) {
-    float f;
-    u16 h = (u16)word;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
-}
 __device__ __forceinline__ float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
 __device__ __forceinline__ bool finite(float f) { return fabsf(f) < __uint_as_float(0x7f800000u); }
-
-#define KVF_MMA(NAME, A, B)                                                                                                 \
-    __device__ __forceinline__ void NAME(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {                                  \
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." A "." B ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                       \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                       \
-    }
-KVF_MMA(multiply_high, "s8", "s8")
-KVF_MMA(multiply_high_low, "s8", "u8")
-KVF_MMA(multiply_low_high, "u8", "s8")
-KVF_MMA(multiply_low, "u8", "u8")
 
 // Which line, and which channel of it, a column of 8 begins.
 struct Column {
@@ -72,36 +43,16 @@ struct Column {
 
 constexpr int MOST_LINES = N / 16;
 
-__device__ __forceinline__ void store_pair(u64 address, u32 pair) {
-    if ((address & 3) == 0) {
-        asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(pair) : "memory");
-    } else {
-        asm volatile("st.global.u16 [%0], %1;" ::"l"(address), "h"((u16)pair) : "memory");
-        asm volatile("st.global.u16 [%0], %1;" ::"l"(address + 2), "h"((u16)(pair >> 16)) : "memory");
-    }
-}
-
 // high * 2**16 + middle * 2**8 + low over 2**8, rounded down: below 2**27 in magnitude, since rows of a basis have length 1. What exceeds
 // 32 bits on the way wraps and comes back.
 __device__ __forceinline__ float upper_sum(int high, int middle, int low) { return (float)(high * 256 + middle + (low >> 8)); }
 
 // Two coefficients as float16, the first in the low half; denormals and negative zeros become zeros.
-__device__ __forceinline__ u32 coefficient_pair(float first, float second) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    asm("fma.rn.ftz.f16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x3c003c00u), "r"(0u));
-    return pair;
-}
+__device__ __forceinline__ u32 coefficient_pair(float first, float second) { return flushed_pair(half_pair(first, second)); }
 __device__ __forceinline__ u32 value_pair(float first, float second) {
     first = fminf(fmaxf(first, -DTYPE_LARGEST), DTYPE_LARGEST);
     second = fminf(fmaxf(second, -DTYPE_LARGEST), DTYPE_LARGEST);
-    u32 pair;
-#if KVF_MANTISSA == 7
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
-    return pair;
+    return KVF_MANTISSA == 7 ? bfloat_pair(first, second) : half_pair(first, second);
 }
 // The two values of a word.
 __device__ __forceinline__ void split(u32 word, bool half, float &first, float &second) {
@@ -112,11 +63,6 @@ __device__ __forceinline__ void split(u32 word, bool half, float &first, float &
         first = from_half(word & 0xffff);
         second = from_half(word >> 16);
     }
-}
-
-// Four 8 x 16 byte parts of the rows, as the fragments of mma.m16n8k32 have them.
-__device__ __forceinline__ void load_fragments(u32 (&a)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address));
 }
 
 constexpr u64 NOWHERE = ~0ull;

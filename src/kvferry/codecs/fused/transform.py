@@ -54,7 +54,8 @@ class TransformCase:
 
 def source() -> str:
     """CUDA C++ of the kernel."""
-    return files(__package__).joinpath("transform.cu").read_text()
+    folder = files(__package__)
+    return "".join(folder.joinpath(f"{part}.cu").read_text() for part in ("intrinsics", "transform"))
 
 
 class Job(ctypes.Structure):
