@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
     __shared__ int row_exponent[TOKENS], bad;
     __shared__ Column column[TILES];
     u8 *rows = (u8 *)shared;
-    const u32 rows_address = (u32)__cvta_generic_to_shared(rows);
+    const u32 rows_address = shared_address(rows);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     if (threadIdx.x == 0) {
         job = given;

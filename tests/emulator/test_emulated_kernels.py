@@ -1,0 +1,203 @@
+"""The GPU's kernels, run on the CPU, make the reference's bytes and give its values back: slots in pages of every sort, chunks that
+are tried again, frames' cases of channels, transforms."""
+
+from typing import Any
+
+import pytest
+import torch
+from emulated import gpu  # noqa: F401  a fixture
+from torch import Tensor
+
+import kvferry
+from contract import slot_cases
+from contract.cases import bits_of, case_id
+from contract.profiles import make_profile
+from contract.slot_cases import TABLE, Engine, identities_of, noise, take_apart
+from kvferry import Bounded, Codec, Lossless, PagedKV, Raw, SlotCodec, Transform
+from kvferry.codecs.fused import frames
+from kvferry.codecs.fused import slots as fused
+from kvferry.codecs.fused import transform as fused_transform
+from kvferry.codecs.slots import raw_slot_bytes, slot_bytes_for
+from kvferry.codecs.tiling import plan_tensor
+from kvferry.codecs.transform import slots as transform_slots
+from kvferry.format.frame import read_frame
+from kvferry.format.slot import SlotStatus
+
+BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+pytestmark = pytest.mark.usefixtures("gpu")
+
+
+def encode(slot_codec: SlotCodec, table: Tensor) -> Tensor:
+    """As `slot_cases.encode`, by the kernels."""
+    slots = torch.full((len(table), slot_codec.slot_bytes), 0xEE, dtype=torch.uint8)
+    index = torch.arange(len(table), dtype=torch.int32)
+    fused.encode(slot_codec, table.int(), slots, index, identities_of(len(table)))
+    return slots
+
+
+def decode(slot_codec: SlotCodec, slots: Tensor, table: Tensor) -> list[int]:
+    """As `slot_cases.decode`, by the kernels."""
+    status = torch.full((len(table),), 77, dtype=torch.int32)
+    index = torch.arange(len(table), dtype=torch.int32)
+    fused.decode(slot_codec, slots, index, table.int(), identities_of(len(table)), status)
+    found: list[int] = status.tolist()
+    return found
+
+
+def used(slots: Tensor) -> list[bytes]:
+    return [take_apart(slot).used for slot in slots]
+
+
+CASES: list[tuple[Codec, torch.dtype, str, int, int]] = [
+    # codec, dtype, layout, tokens of a page, head_dim
+    (Bounded(0.0625, False), BF16, "heads_first", 16, 128),
+    (Bounded(0.0625, False, mode="outlier"), BF16, "kv_first", 24, 40),
+    (Bounded(0.01, True, "channel", "plain", "token", "ans"), FP16, "strided", 16, 72),
+    (Bounded(0.01, True, "tile"), FP32, "heads_only", 16, 24),
+    (Bounded(0.0625, False, packing="bitpack"), BF16, "plain", 16, 128),
+    (Bounded(0.01, True, "channel", "outlier", "token", "bitpack"), BF16, "kv_second", 16, 100),
+    (Bounded(0.01, True, "tile", "plain", "token", "bitpack"), FP16, "heads_first", 8, 56),
+    (Lossless("ans"), BF16, "heads_first", 16, 128),
+    (Lossless("bitpack"), BF16, "strided", 16, 40),
+    (Lossless("ans"), FP32, "kv_first", 16, 24),
+    (Lossless("ans"), FP8, "mla", 16, 72),
+    (Raw(), torch.uint8, "heads_first", 16, 40),
+]
+
+
+@pytest.mark.parametrize(("codec", "dtype", "layout", "page_tokens", "head_dim"), CASES, ids=case_id)
+class TestSlots:
+    def engine(self, dtype: torch.dtype, layout: str, page_tokens: int, head_dim: int) -> Engine:
+        engine = Engine(layout, dtype, layers=1, page_tokens=page_tokens, head_dim=head_dim)
+        if dtype == torch.uint8:
+            return engine.write(torch.arange(torch.Size(engine.shape).numel()).view(engine.shape).to(dtype))
+        return engine.write(noise(engine.shape, dtype))
+
+    def test_the_references_bytes_and_values(
+        self, codec: Codec, dtype: torch.dtype, layout: str, page_tokens: int, head_dim: int
+    ) -> None:
+        engine = self.engine(dtype, layout, page_tokens, head_dim)
+        slot_codec = SlotCodec(engine.kv, codec, 5, raw_slot_bytes(engine.kv, 5))
+        table = torch.cat([TABLE, torch.tensor([[0, -1, 2, -1, 3]])])
+        expected, found = slot_cases.encode(slot_codec, "cpu", table), encode(slot_codec, table)
+        assert used(found) == used(expected)
+        back, wanted = (Engine(layout, dtype, layers=1, page_tokens=page_tokens, head_dim=head_dim) for _ in range(2))
+        table = torch.tensor([[3, 1, -1, 0, 7], [8, -1, 6, 5, 9]])
+        statuses = decode(SlotCodec(back.kv, codec, 5, slot_codec.slot_bytes), expected[:2], table)
+        assert statuses == [0, 0]
+        slot_cases.decode(SlotCodec(wanted.kv, codec, 5, slot_codec.slot_bytes), "cpu", expected[:2], table)
+        assert torch.equal(bits_of(back.read()), bits_of(wanted.read()))
+
+    def test_damage_is_found(
+        self, codec: Codec, dtype: torch.dtype, layout: str, page_tokens: int, head_dim: int
+    ) -> None:
+        engine = self.engine(dtype, layout, page_tokens, head_dim)
+        slot_codec = SlotCodec(engine.kv, codec, 5, raw_slot_bytes(engine.kv, 5))
+        slots = slot_cases.encode(slot_codec, "cpu", TABLE)
+        slots[0, 20] ^= 1
+        slots[1, slot_codec.payload_at + 9] ^= 16
+        slots[2, 33] ^= 1
+        statuses = decode(slot_codec, slots, TABLE)
+        assert statuses == [SlotStatus.NO_SLOT, SlotStatus.CORRUPT, SlotStatus.NO_SLOT]
+        assert statuses == slot_cases.decode(slot_codec, "cpu", slots, TABLE)
+
+
+@pytest.mark.parametrize("ratio", [2.0, 4.0, 40.0])
+@pytest.mark.parametrize("packing", ["ans", "bitpack"])
+def test_chunks_that_overflow_at_once(packing: str, ratio: float) -> None:
+    """Each as often as it needs, by all blocks together; some for good."""
+    chunks, pages = 14, 5
+    codec = Bounded(0.01, relative=False, packing=packing)
+    generator = torch.Generator().manual_seed(2)
+    layer = torch.randn(chunks * pages, 2, 16, 2 * 64, generator=generator)
+    layer *= 2.0 ** torch.randint(-6, 6, (chunks * pages, 1, 1, 1), generator=generator)
+    kv = PagedKV.heads_first([layer.bfloat16()], 64)
+    slot_codec = SlotCodec(kv, codec, pages, slot_bytes_for(kv, codec, pages, ratio))
+    table = torch.arange(chunks * pages).view(chunks, pages)
+    expected, found = slot_cases.encode(slot_codec, "cpu", table), encode(slot_codec, table)
+    assert used(found) == used(expected)
+    if ratio > 2:
+        assert max(take_apart(slot).fields["relaxed"] for slot in found) > 3
+
+
+@pytest.mark.parametrize("how", [{}, {"packing": "bitpack"}, {"ratio": 3.0}, {"ratio": 20.0}], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "dim", "group", "rope"),
+    [(2, 32, 2, "halves"), (4, 64, 1, "partial"), (2, 48, 1, "none"), (2, 32, 1, "interleaved")],
+)
+def test_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, Any]) -> None:
+    of = make_profile(heads, dim, group, rope)
+    dtype = FP16 if dim == 64 else BF16
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.randn(10, heads, 16, 2 * dim, generator=generator) * torch.logspace(-1, 0.5, 2 * dim) for _ in "01"]
+    values[1][4, 1, 3, 5] = float("nan")
+    layers, other = ([tensor.to(dtype) for tensor in values] for _ in range(2))
+    slot_codec, emulated = (
+        SlotCodec(kv := PagedKV.heads_first(each, dim), codec := Transform(of, **how), 5,
+                  slot_bytes_for(kv, codec, 5, codec.ratio or 1.5))
+        for each in (layers, other)
+    )  # fmt: skip
+    table, positions = (
+        torch.tensor([[3, 1, 4, 0, 7], [8, 2, 6, -1, 9]], dtype=torch.int32),
+        torch.tensor([100, 164]).int(),
+    )
+    index, names = torch.arange(2, dtype=torch.int32), identities_of(2)
+    expected, found = (torch.zeros(2, slot_codec.slot_bytes, dtype=torch.uint8) for _ in range(2))
+    slot_codec.encode(table, expected, index, names, positions)
+
+    space = transform_slots._workspace(emulated)
+    scratch = space.scratch(2)
+    fused_transform.forward(emulated, scratch, table, positions)
+    fused.encode(scratch.slots, transform_slots._scratch_pages(scratch, table), found, index, names)
+    assert used(found) == used(expected)
+    for tensor in (*layers, *other):
+        tensor.fill_(77)
+    statuses = [torch.full((2,), 9, dtype=torch.int32) for _ in range(2)]
+    slot_codec.decode(expected, index, table, names, statuses[0], positions)
+    pages = transform_slots._scratch_pages(scratch, table)
+    fused.decode(scratch.slots, expected, index, pages, names, statuses[1])
+    fused_transform.inverse(emulated, scratch, table, positions, statuses[1])
+    assert statuses[0].tolist() == statuses[1].tolist() and (0 in statuses[0].tolist() or how.get("ratio") == 20.0)
+    for left, right in zip(layers, other, strict=True):
+        assert torch.equal(left.view(torch.int16), right.view(torch.int16))
+
+
+FRAMES: list[tuple[Codec, torch.dtype, tuple[int, ...]]] = [
+    (Bounded(0.5, False), BF16, (2, 69, 128)),
+    (Bounded(0.5, False, packing="bitpack"), BF16, (3, 30, 72)),
+    (Bounded(0.01, True, "channel", "outlier", "token", "bitpack"), FP16, (2, 67, 24)),
+    (Bounded(0.01, True, "tensor", "plain", "flat"), FP32, (517,)),
+    (Lossless("ans"), BF16, (2, 69, 200)),
+    (Lossless("bitpack"), FP32, (33, 7)),
+]
+
+
+@pytest.mark.parametrize(("codec", "dtype", "shape"), FRAMES, ids=case_id)
+def test_frames(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    values = noise(shape, dtype) * 3
+    expected = codec.encode(values)
+    target, plan = plan_tensor(values, getattr(codec, "grouping", "token") == "flat")
+    if isinstance(codec, Bounded):
+        sizes, payload, bound = frames.encode_bounded(target, plan, codec)
+        assert bound == expected.header.bound_used
+    else:
+        assert isinstance(codec, Lossless)
+        sizes, payload = frames.encode_lossless(target, plan, codec.packing)
+    assert sizes.tolist() == expected.sizes.tolist()
+    assert torch.equal(payload, expected.payload)
+    frame = kvferry.compress(values, codec)
+    out = torch.full_like(values, 7)
+    frames.decode(read_frame(frame), out)
+    assert torch.equal(bits_of(out), bits_of(kvferry.decompress(frame)))
+
+
+@pytest.mark.parametrize("packing", ["bitpack", "ans"])
+def test_blocks_of_any_length(packing: str) -> None:
+    """Four tokens at a time are coded, and those behind the last must not count."""
+    generator = torch.Generator().manual_seed(0)
+    codec = Bounded(0.5, relative=False, packing=packing)
+    for tokens in range(1, 66):
+        values = (torch.randn(tokens, 24, generator=generator) * 20).to(BF16)
+        expected = codec.encode(values)
+        sizes, payload, _ = frames.encode_bounded(*plan_tensor(values, False), codec)
+        assert sizes.tolist() == expected.sizes.tolist() and torch.equal(payload, expected.payload), tokens
