@@ -1,5 +1,5 @@
-"""The GPU's kernels, run on the CPU, make the reference's bytes and give its values back: slots in pages of every sort, chunks that
-are tried again, frames' cases of channels, transforms."""
+"""The GPU's kernels, run on the CPU, make the reference's bytes and give its values back: slots of pages of every sort,
+chunks that are tried again, transforms, frames."""
 
 from typing import Any
 
