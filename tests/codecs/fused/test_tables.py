@@ -15,7 +15,7 @@ def entry(one_sided: bool, table: int, symbol: int) -> tuple[int, int, int, int]
     reciprocal, packed = (
         x & 0xFFFFFFFF for x in encoder_entries(one_sided).tolist()[ALPHABET * table + symbol + middle]
     )
-    return reciprocal, packed & 255, packed >> 8 & 0xFFFF, packed >> 24
+    return reciprocal, packed >> 8 & 255, packed >> 16, packed & 31
 
 
 def coded(x: int, reciprocal: int, complement: int, bias: int, shift: int) -> int:

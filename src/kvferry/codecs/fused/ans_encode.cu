@@ -9,10 +9,12 @@ struct Coded {
     bool any_exact;
 };
 
-// Entries are {reciprocal, 256 - frequency | bias << 8 | shift of the reciprocal << 24}; both 0 where a table has no symbol.
-__device__ __forceinline__ void code_symbol(u32 &state, uint2 entry) {
-    const u32 quotient = __umulhi(state, entry.x) >> (entry.y >> 24);
-    state = quotient * (entry.y & 255) + state + __byte_perm(entry.y, 0, 0x4421);
+// Entries are {reciprocal, shift of the reciprocal | 256 - frequency << 8 | bias << 16}; both 0 where a table has no symbol. The shift needs no
+// instruction to take it out, since shifts by a word look at its lowest 5 bits, and the bias is added as it is taken out.
+__device__ __forceinline__ u32 complement_of(uint2 entry) { return __byte_perm(entry.y, 0, 0x4441); }
+__device__ __forceinline__ void code_symbol(u32 &state, uint2 entry, u32 complement) {
+    const u32 quotient = __funnelshift_r(__umulhi(state, entry.x), 0, entry.y);
+    state = quotient * complement + (state + (entry.y >> 16));
 }
 
 constexpr int MIDDLE = BOUNDED ? ALPHABET / 2 : 0;  // entry of symbol 0
@@ -49,6 +51,32 @@ __device__ __noinline__ bool stage_columns(const Rows<CPL> rows, int tokens, int
     return any_exact;
 }
 
+// The same from the bytes, where values have low bits: shifted here, so that the loop over symbols is spared it.
+template <int CPL>
+__device__ __noinline__ void shift_columns(int groups, const Columns<CPL> columns, const Stage stage, int lane) {
+    int previous[CPL] = {};
+#pragma unroll 1
+    for (int g = 0; g < groups; ++g) {
+        const u32 address = stage.codes + (g * 32 + lane) * CPL * 4;
+        u32 packed[CPL];
+        load_shared_words<CPL>(address, packed);
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            u32 column[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int byte = __byte_perm(packed[k], 0, 0x4440 + i);
+                const int value = byte - previous[k] + (g || i ? columns.offset[k] : columns.first_offset[k]);
+                if (DELTA) previous[k] = byte;
+                column[i] = (u32)clamp_to(value >> columns.shift[k], ALPHABET - 1);
+            }
+            packed[k] = __byte_perm(__byte_perm(column[0], column[1], 0x0040), __byte_perm(column[2], column[3], 0x0040), 0x5410);
+        }
+        store_shared_words<CPL>(address, packed);
+    }
+    __syncwarp();
+}
+
 template <int CPL>
 __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, int channels, const Quantisers<CPL> &quantisers,
                                             const Choice<CPL> &choice, const Gathered<CPL> &gathered, const Stage &stage, u32 tables, int lane) {
@@ -76,11 +104,11 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
         }
     }
     Coded coded = {STATE_LOW, 0, gathered.any_exact};
-    bool low = BOUNDED && __any_sync(FULL, most_shift);
     u32 before = FULL;  // differences: mask of the byte that is taken off
-    if (BOUNDED && !gathered.fast) {
-        coded.any_exact |= stage_columns<CPL>(rows, tokens, channels, quantisers, columns, stage, lane);
-        low = false;
+    const bool low = BOUNDED && __any_sync(FULL, most_shift);
+    if (BOUNDED && (low || !gathered.fast)) {
+        if (gathered.fast) shift_columns<CPL>(groups, columns, stage, lane);
+        else coded.any_exact |= stage_columns<CPL>(rows, tokens, channels, quantisers, columns, stage, lane);
         before = 0;
 #pragma unroll
         for (int k = 0; k < CPL; ++k) columns.offset[k] = columns.first_offset[k] = 0;
@@ -107,11 +135,11 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
                 }
                 column += DELTA && i == 0 && g == 0 ? columns.first_offset[k] : columns.offset[k];
                 if (LOW_BITS) column >>= LOW_BITS;
-                else if (BOUNDED && low) column >>= columns.shift[k];
                 // The first and the last entry of a table are empty: what lies outside it finds nothing there.
                 address[i][k] = entries[k] + 8 * clamp_to(column, ALPHABET - 1);
             }
         if (4 * g + 4 > tokens) {
+            __syncwarp();  // makes it a branch: the compiler would choose addresses without one, in every round
 #pragma unroll
             for (int i = 1; i < 4; ++i)
                 if (4 * g + i >= tokens)
@@ -142,9 +170,10 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
 #pragma unroll
         for (int pair = 2 * CPL - 1; pair >= 0; --pair) {
             const uint2 low_step = entry[2 * pair / CPL][2 * pair % CPL], high_step = entry[(2 * pair + 1) / CPL][(2 * pair + 1) % CPL];
-            emit_word(state, words_at, (PROB_SCALE - (low_step.y & 255)) * (PROB_SCALE - (high_step.y & 255)), below);
-            code_symbol(state, high_step);
-            code_symbol(state, low_step);
+            const u32 low_complement = complement_of(low_step), high_complement = complement_of(high_step);
+            emit_word(state, words_at, (PROB_SCALE - low_complement) * (PROB_SCALE - high_complement), below);
+            code_symbol(state, high_step, high_complement);
+            code_symbol(state, low_step, low_complement);
         }
     }
     __syncwarp();

@@ -11,8 +11,8 @@ ALPHABET = 64
 
 
 def encoder_entries(one_sided: bool) -> Tensor:
-    """The encoder's view of a family: int32 `[(tables + 1) * 64, 2]`, the reciprocal of the frequency, and 256 minus
-    the frequency (8 bits), bias (16) and the reciprocal's shift (8); both 0 where there is no symbol.
+    """The encoder's view of a family: int32 `[(tables + 1) * 64, 2]`, the reciprocal of the frequency, and the
+    reciprocal's shift (8 bits), 256 minus the frequency (8) and bias (16); both 0 where there is no symbol.
 
     Symbol s is entry s, or s + 32 in the two-sided family; the outermost entries are empty. Behind the family's tables
     comes one whose only symbol, 0, has probability 1: what lanes without a channel code.
@@ -46,7 +46,7 @@ def _entry(frequency: int, cum: int) -> tuple[int, int]:
         error = reciprocal * frequency - (1 << (bits + 31))
         if error * min(frequency << 24, 1 << 32) >= 1 << (bits + 31):
             raise ValueError(f"frequency {frequency} has no exact 32-bit reciprocal; the tables must avoid it")
-    return reciprocal, (PROB_SCALE - frequency) | bias << 8 | shift << 24
+    return reciprocal, shift | (PROB_SCALE - frequency) << 8 | bias << 16
 
 
 def decoder_slots(one_sided: bool) -> Tensor:
