@@ -84,7 +84,7 @@ __device__ __noinline__ bool repair(int index, const Quantisers<CHANNEL_STEPS ? 
             if (!row || c >= tile.channels) continue;
             const u32 address = stage.codes + ((t / 4 * 32 + owner) * CPL + k) * 4 + t % 4;
             const int byte = (int)load_shared_u8(address);
-            const float code = (float)(byte + (int)stage.small[ORIGINS_AT + c]);
+            const float code = (float)(byte + (int)stage.small[ORIGINS_AT + c] - ROUNDER_BITS);
             if (fabsf(x[k] - deliver(code, q.step)) < q.bound) continue;
             const int change = second_chance(x[k], code, q.step, q.bound);
             if (change == 2) {
@@ -192,21 +192,20 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     const Quantiser(&quantiser)[CPL] = quantisers.each;
     gathered.fast = true;
     gathered.any_exact = false;
-    int bias[CPL];  // from the rounded float's bits to the byte
+    // In shared memory: what is taken off a rounded float's bits to get its byte. In registers, the compiler makes it anew in every round.
+    const u32 offsets = stage.codes + CODE_BYTES + 4 * EXACT_WORDS + 4 * (ORIGINS_AT + lane * CPL);
     u32 sum[CPL], squares[CPL];
     const u8 *p = rows.group(0);
 #pragma unroll
     for (int k = 0; k < CPL; ++k) {
         gathered.origin[k] = -ORIGIN;
-        bias[k] = 0;
         sum[k] = squares[k] = 0;
         if constexpr (BOUNDED) {
             const float scaled = __fmul_rn(Rows<CPL>::number(ahead[0], k), quantiser[k].inverse);
             gathered.fast &= fabsf(scaled) < 2097152.0f;
             const int bits = __float_as_int(scaled + ROUNDER);
-            bias[k] = 128 - bits;
             gathered.origin[k] = bits - ROUNDER_BITS - 128;
-            if (k < rows.count) stage.small[ORIGINS_AT + lane * CPL + k] = (u32)gathered.origin[k];
+            store_shared(offsets + 4 * k, (u32)(bits - 128));
         }
     }
     // Half-precision values are multiples of 2**-24, so differences up to 0.5 are exact, and one that equals the bound is within it. That
@@ -228,15 +227,18 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
             rows.load_rows(p, t0 + 4, tokens, ahead);
         }
         if constexpr (BOUNDED) {
-            u32 byte[4][CPL], missed = 0;  // bit i: a value of token t0+i may miss the bound
+            u32 byte[4][CPL], offset[CPL], missed = 0;  // missed, bit i: a value of token t0+i may miss the bound
+            float worst[4];
+            load_shared_words<CPL>(offsets, offset);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float difference[CPL], rounded[CPL], worst = 0.0f;
+                float difference[CPL], rounded[CPL];
                 bool row_missed = false;
+                worst[i] = 0.0f;
 #pragma unroll
                 for (int k = 0; k < CPL; ++k) {
                     const float x = Rows<CPL>::number(row[i], k), r = __fmul_rn(x, quantiser[k].inverse) + ROUNDER;
-                    byte[i][k] = (u32)(__float_as_int(r) + bias[k]);
+                    byte[i][k] = __float_as_uint(r) - offset[k];
                     beyond |= byte[i][k];
                     least_key = min(least_key, special_key(Rows<CPL>::value(row[i], k), x) - 1);
                     rounded[k] = __fmul_rn(r - ROUNDER, quantiser[k].step);
@@ -257,13 +259,17 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
 #pragma unroll
                 for (int k = 0; k < CPL; ++k) {
                     if (CHANNEL_STEPS) row_missed |= !(fabsf(difference[k]) < quantiser[k].bound);
-                    else worst = fmaxf(worst, fabsf(difference[k]));
+                    else worst[i] = fmaxf(worst[i], fabsf(difference[k]));
                 }
-                if (!CHANNEL_STEPS) row_missed = !(worst < limit);
-                missed |= (u32)row_missed << i;
+                if (CHANNEL_STEPS) missed |= (u32)row_missed << i;
             }
-            if (t0 + 4 > tokens) missed &= 15 >> (t0 + 4 - tokens);
-            if (missed && rows.count) list_repairs(stage.small, t0, missed, lane);
+            // Which token it is, only where there is one. (NaN are found in another way.)
+            if ((CHANNEL_STEPS ? missed != 0 : fmaxf(fmaxf(worst[0], worst[1]), fmaxf(worst[2], worst[3])) >= limit) && rows.count) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (!CHANNEL_STEPS) missed |= (u32)(worst[i] >= limit) << i;
+                list_repairs(stage.small, t0, t0 + 4 > tokens ? missed & 15 >> (t0 + 4 - tokens) : missed, lane);
+            }
 #pragma unroll
             for (int k = 0; k < CPL; ++k)
                 packed[k] = __byte_perm(__byte_perm(byte[0][k], byte[1][k], 0x0040), __byte_perm(byte[2][k], byte[3][k], 0x0040), 0x5410);
