@@ -3,13 +3,15 @@
 constexpr int NUM_GROUPS = TILE_TOKENS / GROUP;  // of a channel, at most
 
 // max(1, floor(1.5 * (log2(variance) + 7))), from the float's bits; 0 where nothing varies.
-__device__ int spread_class(i64 spread, int tokens) {
-    if (spread == 0) return 0;
-    u32 bits = __float_as_uint(__fdiv_rn(__ll2float_rn(spread), (float)(tokens * tokens)));
+__device__ __forceinline__ int variance_class(float variance) {
+    const u32 bits = __float_as_uint(variance);
     int octave = (int)(bits >> 23) - 127 + 7;
     u32 threshold = octave & 1 ? 2180376u : 4927478u;
     int c = ((3 * octave) >> 1) + ((bits & 0x7fffffu) >= threshold);
     return max(1, min(c, MAX_CLASS));
+}
+__device__ int spread_class(i64 spread, int tokens) {
+    return spread == 0 ? 0 : variance_class(__fdiv_rn(__ll2float_rn(spread), (float)(tokens * tokens)));
 }
 
 __device__ int reach_class(int c, int largest, const int *radius) {
@@ -47,6 +49,15 @@ struct Choice {
         const i64 numerator = 2 * sum + length;
         base[b][k] = origin + (int)(numerator / (2 * length)) - (numerator % (2 * length) < 0);
         klass[b][k] = spread_class(length * squares - sum * sum, length);
+    }
+    // The same of bytes, in 32 bits.
+    __device__ __forceinline__ void centre_of_bytes(int b, int k, u32 length, int origin, u32 sum, u32 squares) {
+        const u32 spread = length * squares - sum * sum;
+        const bool whole = length == TILE_TOKENS;  // divisions by powers of two
+        base[b][k] = origin + (int)(whole ? (2 * sum + TILE_TOKENS) / (2 * TILE_TOKENS) : (2 * sum + length) / (2 * length));
+        const float variance = whole ? __fmul_rn(__uint2float_rn(spread), 1.0f / (TILE_TOKENS * TILE_TOKENS))
+                                     : __fdiv_rn(__uint2float_rn(spread), (float)(length * length));
+        klass[b][k] = spread == 0 ? 0 : variance_class(variance);
     }
     __device__ __forceinline__ void range(int b, int k, int least, int most) {
         base[b][k] = least;

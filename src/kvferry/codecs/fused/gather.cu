@@ -321,7 +321,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     if constexpr (BOUNDED && ANS && !DELTA) {
         choice.apart = 0;
 #pragma unroll
-        for (int k = 0; k < CPL; ++k) choice.centre(0, k, tokens, gathered.origin[k], (i64)(int)sum[k], (i64)squares[k]);
+        for (int k = 0; k < CPL; ++k) choice.centre_of_bytes(0, k, (u32)tokens, gathered.origin[k], sum[k], squares[k]);
     } else {
         summarise<CPL>(tokens, radius, stage, lane, gathered, choice);
     }

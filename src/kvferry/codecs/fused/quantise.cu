@@ -25,17 +25,29 @@ constexpr float LARGEST_BOUND = 8.507059173023462e37f, SMALLEST_STEP = 7.8886090
 
 __device__ __forceinline__ float loosened(float bound, float looser) { return fminf(__fmul_rn(bound, looser), LARGEST_BOUND); }
 
-// codecs/bounded/steps.py, step_from_bound. `typical`: the mean biased exponent (as float32) plus two.
+constexpr int LEVELS = 6;
+
+// The largest step, up to `step`, at which every code's value is within `bound`, where values lie `unit` apart (the level's).
+__device__ __forceinline__ float step_at(int level, float bound, int typical, float step) {
+    const int field = typical - KVF_MANTISSA - level;
+    if (field < 1 || field > 254) return step;
+    // Divided by a power of two: of the largest one the inverse is denormal, and 0 does as well, since no bound is that large.
+    const float unit = __uint_as_float((u32)field << 23), inverse = __uint_as_float((u32)(254 - field) << 23);
+    const float count = floorf(__fmul_rn(bound, inverse)), limit = __fmul_rn(__fadd_rn(__fmul_rn(2.0f, count), 1.0f), unit);
+    return count < 2097152.0f && limit < step ? limit : step;
+}
+
+// codecs/bounded/steps.py, step_from_bound. `typical`: the mean biased exponent (as float32) plus two. Where all lanes have the same bound,
+// each of them looks at a level.
 __device__ Quantiser quantiser_of(float bound, int typical) {
     Quantiser q;
     q.bound = bound;
     q.step = __fmul_rn(2.0f, bound);
-    for (int level = 0; level < 6; ++level) {
-        const int field = typical - KVF_MANTISSA - level;
-        if (field < 1 || field > 254) continue;
-        const float unit = __uint_as_float((u32)field << 23), count = floorf(__fdiv_rn(bound, unit));
-        const float limit = __fmul_rn(__fadd_rn(__fmul_rn(2.0f, count), 1.0f), unit);
-        if (count < 2097152.0f && limit < q.step) q.step = limit;
+    if constexpr (CHANNEL_STEPS) {
+        for (int level = 0; level < LEVELS; ++level) q.step = step_at(level, bound, typical, q.step);
+    } else {
+        // Floats that are not negative are in the order of their bits.
+        q.step = __int_as_float(warp_min(__float_as_int(step_at(min((int)threadIdx.x & 31, LEVELS - 1), bound, typical, q.step))));
     }
     if (CHANNEL_STEPS) q.step = __uint_as_float(__float_as_uint(q.step) & 0xffff0000u);
     if (!(q.step >= SMALLEST_STEP)) q.step = 0.0f;
