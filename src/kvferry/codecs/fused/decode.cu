@@ -125,6 +125,9 @@ __device__ __forceinline__ u32 stream_bits(u32 shared, const u32 *memory, int fi
     return width == 32 ? bits : bits & ((1u << width) - 1);
 }
 
+// Added to bases, so that a code is a float's bits as it is summed up (see `whole`).
+constexpr int WHOLE = BOUNDED && !DELTA ? ROUNDER_BITS : 0;
+
 // The tokens of a tile, in order, four at a time. Returns whether the lane ended as it must. `has_low` (ans): some channel has raw low bits.
 // STAGED (bitpack): the groups lie in shared memory.
 template <int CPL, bool STAGED>
@@ -149,7 +152,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
         }
         slots[k] = tables + table * PROB_SCALE * 4;
         code[k] = 0;
-        add[k] = groups.base[0][k];
+        add[k] = groups.base[0][k] + WHOLE;
     }
     // Bytes of planes run a group of four tokens ahead.
     const bool plane_words = CPL == 4 && channels % 4 == 0;
@@ -187,19 +190,23 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
                 __syncwarp();
                 words = stage + offset;
             }
-            const bool tail = t0 + 4 > tokens;  // behind the last token nothing is coded
+            const auto decode_symbols = [&](bool tail) {
 #pragma unroll
-            for (int pair = 0; pair < 2 * CPL; ++pair) {
+                for (int pair = 0; pair < 2 * CPL; ++pair) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int step = 2 * pair + half, i = step / CPL, k = step % CPL;
-                    // {frequency (16 bits), slot - cum (8), symbol (8, signed)}
-                    const u32 slot = table_word((tail && i && t0 + i >= tokens ? idle : slots[k]) + 4 * (state & (PROB_SCALE - 1)));
-                    state = (slot & 0xffff) * (state >> PROB_BITS) + __byte_perm(slot, 0, 0x4442);
-                    value[i][k] = (int)slot >> 24;
+                    for (int half = 0; half < 2; ++half) {
+                        const int step = 2 * pair + half, i = step / CPL, k = step % CPL;
+                        // {frequency (16 bits), slot - cum (8), symbol (8, signed)}. The low byte by a permutation: as a mask it costs one more.
+                        const u32 slot = table_word((tail && i && t0 + i >= tokens ? idle : slots[k]) + 4 * __byte_perm(state, 0, 0x4440));
+                        state = (slot & 0xffff) * (state >> PROB_BITS) + __byte_perm(slot, 0, 0x4442);
+                        value[i][k] = (int)slot >> 24;
+                    }
+                    take_word(state, words, below);
                 }
-                take_word(state, words, below);
-            }
+            };
+            // Behind the last token nothing is coded. Twice the code: choosing in every step costs more, and the other is hardly ever there.
+            if (t0 + 4 > tokens) decode_symbols(true);
+            else decode_symbols(false);
             if (LOW_BITS || (BOUNDED && has_low)) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
@@ -216,7 +223,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
             for (int k = 0; k < CPL; ++k) {
                 const int width = b ? groups.klass[NUM_BLOCKS - 1][k] : groups.klass[0][k], first = b ? groups.low[NUM_BLOCKS - 1][k] : groups.low[0][k];
                 if ((t0 & 31) == 0) {
-                    add[k] = b ? groups.base[NUM_BLOCKS - 1][k] : groups.base[0][k];
+                    add[k] = (b ? groups.base[NUM_BLOCKS - 1][k] : groups.base[0][k]) + WHOLE;
                     code[k] = 0;
                 }
                 u32 four[4] = {};
@@ -255,7 +262,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
                 for (int k = 0; k < CPL; ++k) {
                     code[k] = value[i][k] + add[k] + (DELTA ? code[k] : 0);
                     if (DELTA) add[k] = 0;  // the base was the first difference's
-                    f[k] = __fmul_rn(whole(code[k]), groups.step[k]);
+                    f[k] = __fmul_rn(WHOLE ? __int_as_float(code[k]) - ROUNDER : whole(code[k]), groups.step[k]);
                 }
 #if KVF_ITEM == 2
                 if constexpr (CPL % 2 == 0) {
