@@ -171,15 +171,15 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
             }
         }
         const int exact_words = (tokens * channels + 31) / 32;
-        for (int i = lane; i < EXACT_WORDS; i += 32) stage.exact[i] = 0;
-        if (lane == 0) stage.small[REPAIRS] = 0;
+        for (int i = lane; i < EXACT_WORDS; i += 32) store_shared(stage.exact_at(i), 0);
+        if (lane == 0) store_shared(stage.small_at(REPAIRS), 0);
         __syncwarp();
         Gathered<CPL> gathered;
         Choice<CPL> choice;
         gather<CPL>(s, tile, rows, ahead, quantisers, radius, stage, lane, gathered, choice);
         if (BOUNDED && !gathered.fast) {
             __syncwarp();
-            for (int i = lane; i < EXACT_WORDS; i += 32) stage.exact[i] = 0;
+            for (int i = lane; i < EXACT_WORDS; i += 32) store_shared(stage.exact_at(i), 0);
             gathered.any_exact = false;
             choice = choose_slowly<CPL>(rows, tokens, quantisers, radius);
         }
@@ -194,8 +194,8 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
                 if (k >= rows.count) continue;
-                stage.small[b * channels + lane * CPL + k] = (u32)choice.stored(b, k);
-                if (choice.has_base(b, k)) stage.small[BASES_AT + index++] = (u32)choice.base[b][k];
+                store_shared(stage.small_at(b * channels + lane * CPL + k), (u32)choice.stored(b, k));
+                if (choice.has_base(b, k)) store_shared(stage.small_at(BASES_AT + index++), (u32)choice.base[b][k]);
             }
         }
         bool staged = false, any_exact = gathered.any_exact;
@@ -228,7 +228,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
 #endif
             if (any_exact) {
                 int mine = 0;
-                for (int i = lane; i < exact_words; i += 32) mine += __popc(stage.exact[i]);
+                for (int i = lane; i < exact_words; i += 32) mine += __popc(load_shared(stage.exact_at(i)));
                 num_exact = warp_sum(mine);
             }
         }
@@ -269,8 +269,8 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
                 if (k < rows.count) behind.part<u16>(layout.steps_at + 2 * (lane * CPL + k), (u16)(__float_as_uint(quantiser[k].step) >> 16));
             behind.pad(layout.steps_at + 2 * channels, lane);
         }
-        behind.small(layout.classes_at, stage.small, (u32)layout.least_class, layout.num_groups, layout.class_code, lane);
-        behind.small(layout.bases_at, stage.small + BASES_AT, (u32)layout.least_base, layout.num_bases, layout.base_code, lane);
+        behind.small(layout.classes_at, stage.small_at(0), (u32)layout.least_class, layout.num_groups, layout.class_code, lane);
+        behind.small(layout.bases_at, stage.small_at(BASES_AT), (u32)layout.least_base, layout.num_bases, layout.base_code, lane);
         if (layout.low_words) {
             if (!ANS && staged) {
                 const int first_words = tokens > 32 ? __shfl_sync(FULL, layout.low_before[NUM_GROUPS - 1], 0) : layout.low_words;

@@ -17,6 +17,9 @@ struct Stage {
     u32 codes;   // address: CODE_BYTES
     u32 *exact;  // a bit for each value: stored in its own bits
     u32 *small;  // what few lanes need, or not soon: SMALL_WORDS
+
+    __device__ __forceinline__ u32 exact_at(int word) const { return codes + CODE_BYTES + 4 * word; }  // addresses of the same
+    __device__ __forceinline__ u32 small_at(int word) const { return exact_at(EXACT_WORDS + word); }
 };
 
 __device__ __forceinline__ void mark_exact(const Stage &stage, int position) { atomicOr(stage.exact + (position >> 5), 1u << (position & 31)); }
@@ -193,7 +196,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     gathered.fast = true;
     gathered.any_exact = false;
     // In shared memory: what is taken off a rounded float's bits to get its byte. In registers, the compiler makes it anew in every round.
-    const u32 offsets = stage.codes + CODE_BYTES + 4 * EXACT_WORDS + 4 * (ORIGINS_AT + lane * CPL);
+    const u32 offsets = stage.small_at(ORIGINS_AT + lane * CPL);
     u32 sum[CPL], squares[CPL];
     const u8 *p = rows.group(0);
 #pragma unroll
@@ -309,7 +312,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     if constexpr (BOUNDED) {
         gathered.fast &= beyond < 256 && least_key >= SPECIAL_BELOW;
         gathered.fast = __all_sync(FULL, gathered.fast);
-        if (gathered.fast && stage.small[REPAIRS]) {
+        if (gathered.fast && load_shared(stage.small_at(REPAIRS))) {
             bool any = false;
             Quantisers<CHANNEL_STEPS ? CPL : 1> needed;
 #pragma unroll

@@ -17,17 +17,35 @@ struct Writer {
     __device__ __forceinline__ void pad(int at, int lane) {
         if (lane < (-at & 3)) out[at + lane] = 0;
     }
-    // `count` staged values, as distances from the least, in `code`'s width.
-    __device__ __forceinline__ void small(int at, const u32 *staged, u32 least, int count, int code, int lane) {
-        if (code == 0) return;
-        const int bits = small_bits(code), each = 32 / bits;
-        for (int i = lane; i * each < count; i += 32) {
+    // `count` values in shared memory, as distances from the least, `EACH` to a word.
+    template <int EACH>
+    __device__ __forceinline__ void packed(int at, u32 staged, u32 least, int count, int lane) {
+        for (int i = lane; i * EACH < count; i += 32) {
             u32 v = 0;
-            for (int j = 0; j < each && i * each + j < count; ++j) v |= (staged[i * each + j] - least) << (j * bits);
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                const u32 distance = load_shared(staged + 4 * (i * EACH + j)) - least;  // behind the last: of something else
+                if (i * EACH + j < count) v |= distance << (j * (32 / EACH));
+            }
             word(at / 4 + i, v);
         }
     }
+    __device__ __forceinline__ void small(int at, u32 staged, u32 least, int count, int code, int lane);
 };
+
+__device__ __noinline__ u64 write_small(u8 *out, int at, u32 staged, u32 least, int count, int code, int lane) {
+    Writer writer = {out, 0};
+    static_assert(2 << 1 == 32 / 8, "small_bits");
+    if (code == 1) writer.packed<8>(at, staged, least, count, lane);
+    else if (code == 2) writer.packed<4>(at, staged, least, count, lane);
+    else if (code == 3) writer.packed<2>(at, staged, least, count, lane);
+    else if (code == 4) writer.packed<1>(at, staged, least, count, lane);
+    return writer.sum;
+}
+// In `code`'s width.
+__device__ __forceinline__ void Writer::small(int at, u32 staged, u32 least, int count, int code, int lane) {
+    if (code) sum += write_small(out, at, staged, least, count, code, lane);
+}
 
 // Functions that are not inlined take and return values: what is passed by reference would live in memory everywhere.
 __device__ __noinline__ u64 write_raw(int index, u8 *out, int lane) {
