@@ -5,6 +5,8 @@ Answers are compared between the same computations, on blocks out of the GPU's c
 `test_engine_gpu`.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed (make test installs it)")
 
 from trained import model_folder, record, text_tokens, token_bytes
+from transformers import AutoConfig
+
+from kvferry import Profile, Rope
 
 ON_GPU = torch.cuda.is_available()
 pytestmark = [
@@ -34,19 +39,29 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture
-def two(start: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def two(start_two: Any) -> Any:
     """The engine, its caches empty."""
+    return start_two({"compression_codec": "lossless"})
+
+
+@pytest.fixture
+def start_two(start: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts engines with settings."""
     options: dict[str, Any] = {"worker_extension_cls": "shared_rows.SharedRows"}
     if ON_GPU:
         # Sums over workers by NCCL alone, without multicast: how they are made is not what is tested.
         options = {"disable_custom_all_reduce": True}
         for name, value in {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}.items():
             monkeypatch.setenv(name, value)
-    extra = {"compression_codec": "lossless", "blocks_per_chunk": 1, "cpu_bytes_to_use": 16384 * token_bytes()}
-    return start(
-        extra, folder=model_folder(), tensor_parallel_size=WORKERS, distributed_executor_backend="mp",
-        blocks=PROMPTS * (CHUNKS + 2), block_size=BLOCK, max_model_len=(CHUNKS + 2) * BLOCK, **options,
-    )  # fmt: skip
+
+    def start_two(settings: dict[str, Any]) -> Any:
+        extra = {**settings, "blocks_per_chunk": 1, "cpu_bytes_to_use": 16384 * token_bytes()}
+        return start(
+            extra, folder=model_folder(), tensor_parallel_size=WORKERS, distributed_executor_backend="mp",
+            blocks=PROMPTS * (CHUNKS + 2), block_size=BLOCK, max_model_len=(CHUNKS + 2) * BLOCK, **options,
+        )  # fmt: skip
+
+    return start_two
 
 
 def on_workers(engine: Any, call: Any) -> list[Any]:
@@ -170,3 +185,38 @@ def test_what_one_worker_cannot_store_is_not_there(two: Any, prompts: list[list[
     ask_each(two, prompts)
     two.forget_gpu()
     assert ask_each(two, prompts)[1] == [CHUNKS * BLOCK] * PROMPTS
+
+
+def profile_of_the_model(folder: Path) -> str:
+    """Hadamard bases of each head, with steps at which hardly anything is lost."""
+    config = json.loads((model_folder() / "config.json").read_text())
+    layers, heads = config["num_hidden_layers"], config["num_key_value_heads"]
+    rope = Rope.from_config(AutoConfig.from_pretrained(model_folder()))
+    profile = Profile.hadamard(layers, heads, config["head_dim"], rope, [(0.004, 0.004)] * layers)
+    profile.save(folder / "profile.safetensors")
+    return str(folder / "profile.safetensors")
+
+
+def test_each_worker_transforms_its_heads(start_two: Any, prompts: list[list[int]], tmp_path: Path) -> None:
+    path = profile_of_the_model(tmp_path)
+    engine = start_two({"compression_profile": path, "compression_ratio": 1.3})
+    whole = Profile.load(path)
+
+    def look(rank: int, worker: Any) -> Any:
+        codec = worker._parts[0][0].slot_codec.codec
+        return rank, codec.name, codec.profile.heads, codec.profile.digest
+
+    found = sorted(on_workers(engine, look))
+    share = whole.heads // WORKERS
+    assert [each[:3] for each in found] == [(rank, "transform", share) for rank in range(WORKERS)]
+    assert [each[3] for each in found] == [whole.for_heads(rank * share, share).digest for rank in range(WORKERS)]
+    ask_each(engine, prompts)
+    near, _ = ask_each(engine, prompts)
+    engine.forget_gpu()
+    far, cached = ask_each(engine, prompts)
+    assert cached == [CHUNKS * BLOCK] * PROMPTS
+    counted = engine.counted
+    assert not counted.corrupt_slots and not counted.failed_loads and not counted.failed_stores
+    assert counted.loaded_raw_bytes == PROMPTS * CHUNKS * BLOCK * token_bytes()
+    # Near enough for the first tokens.
+    assert [answer[:2] for answer in far] == [answer[:2] for answer in near]
