@@ -139,7 +139,6 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
                 address[i][k] = entries[k] + 8 * clamp_to(column, ALPHABET - 1);
             }
         if (4 * g + 4 > tokens) {
-            __syncwarp();  // makes it a branch: the compiler would choose addresses without one, in every round
 #pragma unroll
             for (int i = 1; i < 4; ++i)
                 if (4 * g + i >= tokens)
