@@ -95,7 +95,7 @@ def test_what_was_measured_keeps_the_guarantee(tensors, group_heads, packing):
 
 def test_ratio_counts_headers_directories_and_marks(batch):
     row = batch.measure(kind(), Sample(), "relax")
-    tiles = 2 * HEADS * LAYERS + 1  # the last is of marks
+    tiles = 2 * LAYERS + 1  # of the vectors of both heads; the last is of marks
     encoded = 0
     for slot in batch.slots:
         whole = 64 + 8 * tiles + int(slot[20:24].view(torch.int32))  # docs/format.md, "Slot"

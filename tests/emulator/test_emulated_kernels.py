@@ -123,7 +123,7 @@ def test_chunks_that_overflow_at_once(packing: str, ratio: float) -> None:
 @pytest.mark.parametrize("how", [{}, {"packing": "bitpack"}, {"ratio": 3.0}, {"ratio": 20.0}], ids=str)
 @pytest.mark.parametrize(
     ("heads", "dim", "group", "rope"),
-    [(2, 32, 2, "halves"), (4, 64, 1, "partial"), (2, 48, 1, "none"), (2, 32, 1, "interleaved")],
+    [(2, 32, 2, "halves"), (4, 64, 1, "partial"), (2, 48, 1, "none"), (2, 32, 1, "interleaved"), (2, 144, 1, "halves")],
 )
 def test_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, Any]) -> None:
     of = make_profile(heads, dim, group, rope)

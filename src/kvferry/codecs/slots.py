@@ -334,13 +334,15 @@ def _round_up(num_bytes: int) -> int:
 
 
 def coded_channels(kv: PagedKV, codec: Codec) -> tuple[int, ...]:
-    """Channels of each line that is coded: of the cache's, and behind them, of `Transform`, those that mark blocks."""
+    """Channels of each line that is coded: the cache's; of `Transform`, those of each group's vector of coefficients,
+    cut as rows are, and behind them those that mark blocks."""
     if not isinstance(codec, Transform):
         return kv.channels
+    profile = codec.profile
+    vector = [width for _, width in channel_segments(profile.n)]
+    groups = 2 * len(profile.layers) * profile.groups
     # As wide as the others, though most of their channels mark nothing: warps that code lines of one width share code.
-    marks = 2 * len(codec.profile.layers) * codec.profile.groups
-    width = kv.channels[0]
-    return (*kv.channels, *[width] * -(-marks // width))
+    return (*vector * groups, *vector[:1] * -(-groups // vector[0]))
 
 
 def _num_tiles(kv: PagedKV, codec: Codec, chunk_pages: int) -> int:

@@ -96,6 +96,7 @@ CASES = {
     "part rotary": (profile(head_dim=64, heads=2, group=2, rotary=32), torch.bfloat16),
     "interleaved": (profile(rotary=32, interleaved=True), torch.bfloat16),
     "no rope": (profile(head_dim=48, heads=2, group=1, rotary=0), torch.bfloat16),
+    "uneven segments": (profile(head_dim=144, heads=2, group=1, rotary=144, layers=1), torch.bfloat16),
     "two segments": (profile(head_dim=160, heads=1, group=1, rotary=160, layers=1), torch.bfloat16),
 }
 

@@ -20,7 +20,7 @@ constexpr int GOOD = 0;
 
 // Line l is {address of page 0, bytes from page to page, bytes from token to token | channels << 32}, as in common.cu.
 struct Job {
-    const i64 *lines, *coded_lines;  // of the cache; of the coefficients, marks last
+    const i64 *lines, *coded_lines;  // of the cache; of the coefficients, a part's being pieces of one row, marks last
     const int *pages;                // of the cache, a row a chunk; of the coefficients, page j of chunk c is c*chunk_pages + j
     const int *positions;            // of each chunk's first token
     const float2 *angles;            // [num_positions][HALF]: cosine, sine
@@ -30,7 +30,7 @@ struct Job {
     const int *status;               // inverse: of each chunk
     float bound;
     int num_chunks, chunk_pages, page_tokens, num_positions;
-    int parts, groups, part_lines, num_lines, coded, mark_width;  // groups: of a layer's K, or V; coded: lines of coefficients and marks
+    int parts, groups, part_lines, coded_part_lines, coded, mark_width;  // groups: of a layer's K, or V; coded: lines of coefficients and marks
 };
 
 __device__ __forceinline__ float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
@@ -87,14 +87,15 @@ __device__ __forceinline__ int second_tile(int p, int first, bool turned) {
 
 // Copy a block's values as they are, 2 bytes at a time: between pages and coefficients, either way.
 __device__ __noinline__ void copy_block(const Job &job, int part, int chunk, int first_token, int tokens, bool to_pages) {
-    for (int l = 0; l < job.part_lines; ++l) {
-        const i64 *line = job.lines + 3 * (part * job.part_lines + l), *coded = job.coded_lines + 3 * (part * job.part_lines + l);
-        const int channels = (int)(line[2] >> 32);
+    const i64 *coded = job.coded_lines + 3 * part * job.coded_part_lines;
+    for (int l = 0, channels, before = 0; l < job.part_lines; ++l, before += channels) {
+        const i64 *line = job.lines + 3 * (part * job.part_lines + l);
+        channels = (int)(line[2] >> 32);
         for (int i = threadIdx.x; i < tokens * channels; i += THREADS) {
             const int t = i / channels, c = i - t * channels, token = first_token + t, p = token / job.page_tokens, r = token - p * job.page_tokens;
             const int page = job.pages[(i64)chunk * job.chunk_pages + p];
             u16 *there = (u16 *)(line[0] + page * line[1] + r * (i64)(u32)line[2]) + c;
-            u16 *here = (u16 *)(coded[0] + ((i64)chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2]) + c;
+            u16 *here = (u16 *)(coded[0] + ((i64)chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2]) + before + c;
             if (!to_pages) *here = page < 0 ? (u16)0 : *there;
             else if (page >= 0) *there = *here;
         }
@@ -105,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
     extern __shared__ uint4 shared[];
     __shared__ Job job;
     // Of each row: where it lies from its line's start on, in the source and in the destination; NOWHERE if its page is missing.
-    __shared__ u64 row_from[TOKENS], row_to[TOKENS], line_from[MOST_LINES], line_to[MOST_LINES];
+    __shared__ u64 row_from[TOKENS], row_to[TOKENS], line_start[MOST_LINES], coded_start;
     __shared__ int row_exponent[TOKENS], bad;
     __shared__ Column column[TILES];
     u8 *rows = (u8 *)shared;
@@ -129,12 +130,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         const int first_token = block * TOKENS, tokens = min(TOKENS, tokens_of_chunk - first_token);
         const bool turned = ROTARY > 0 && (part / job.groups & 1) == 0;
         // The mark of this block: channel `part` of the lines behind the others.
-        const int mark_line = job.num_lines + part / job.mark_width;
+        const int mark_line = job.parts * job.coded_part_lines + part / job.mark_width;
         const i64 *marks = job.coded_lines + 3 * mark_line;
         __syncthreads();
         if (threadIdx.x < TOKENS) {
             const int token = first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;
-            const i64 *line = job.lines + 3 * part * job.part_lines, *coded = job.coded_lines + 3 * part * job.part_lines;
+            const i64 *line = job.lines + 3 * part * job.part_lines, *coded = job.coded_lines + 3 * part * job.coded_part_lines;
             u64 there = NOWHERE, here = NOWHERE;
             if ((int)threadIdx.x < tokens) {
                 const int page = job.pages[(i64)chunk * job.chunk_pages + p];
@@ -143,11 +144,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
             }
             row_from[threadIdx.x] = KVF_INVERSE ? here : there;
             row_to[threadIdx.x] = KVF_INVERSE ? there : here;
-        } else if ((int)threadIdx.x - TOKENS < 2 * job.part_lines) {
-            const int l = (threadIdx.x - TOKENS) / 2, coded = threadIdx.x & 1;
-            (coded == KVF_INVERSE ? line_from : line_to)[l] = (coded ? job.coded_lines : job.lines)[3 * (part * job.part_lines + l)];
+        } else if ((int)threadIdx.x - TOKENS < job.part_lines) {
+            const int l = threadIdx.x - TOKENS;
+            line_start[l] = job.lines[3 * (part * job.part_lines + l)];
         }
         if (threadIdx.x == 0) {
+            coded_start = job.coded_lines[3 * part * job.coded_part_lines];
             bad = 0;
 #if KVF_INVERSE
             const int p = first_token / job.page_tokens, r = first_token - p * job.page_tokens;
@@ -175,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
                 if ((TOKENS * VECTORS) % (BATCH * THREADS) != 0 && i >= TOKENS * VECTORS) continue;
                 if (row_from[t] == NOWHERE) continue;
                 const Column place = column[c];
-                const u64 address = line_from[place.line] + row_from[t] + 2 * place.channel;
+                const u64 address = (KVF_INVERSE ? coded_start + 16 * c : line_start[place.line] + 2 * place.channel) + row_from[t];
                 if ((address & 15) == 0) {
                     v[b] = __ldg((const uint4 *)address);
                 } else {
@@ -328,7 +330,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
             }
             u64 start[2];
 #pragma unroll
-            for (int j = 0; j < 2; ++j) start[j] = line_to[column[tile[j]].line] + 2 * (column[tile[j]].channel + 2 * column_of);
+            for (int j = 0; j < 2; ++j) {
+                const Column place = column[tile[j]];
+                start[j] = (KVF_INVERSE ? line_start[place.line] + 2 * place.channel : coded_start + 16 * tile[j]) + 4 * column_of;
+            }
 #if KVF_INVERSE
             float2 mean[2];
 #pragma unroll
@@ -393,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         __syncthreads();
         if (bad) copy_block(job, part, chunk, first_token, tokens, false);
         float *bounds = job.bounds + ((i64)chunk * blocks + block) * job.coded;
-        if ((int)threadIdx.x < job.part_lines) bounds[part * job.part_lines + threadIdx.x] = bad ? EXACT_BOUND : job.bound;
+        if ((int)threadIdx.x < job.coded_part_lines) bounds[part * job.coded_part_lines + threadIdx.x] = bad ? EXACT_BOUND : job.bound;
         if (threadIdx.x == 0) bounds[mark_line] = job.bound;
         if ((int)threadIdx.x < tokens) {
             const int token = first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;

@@ -80,7 +80,7 @@ class Job(ctypes.Structure):
         ("parts", ctypes.c_int32),
         ("groups", ctypes.c_int32),
         ("part_lines", ctypes.c_int32),
-        ("num_lines", ctypes.c_int32),
+        ("coded_part_lines", ctypes.c_int32),
         ("coded", ctypes.c_int32),
         ("mark_width", ctypes.c_int32),
     )
@@ -161,9 +161,9 @@ class _Prepared:
             parts=self.parts,
             groups=profile.groups,
             part_lines=self.num_lines // self.parts,
-            num_lines=self.num_lines,
+            coded_part_lines=scratch.part_lines,
             coded=coded.num_lines,
-            mark_width=coded.channels[self.num_lines],
+            mark_width=coded.channels[-1],
         )
         with torch.cuda.device(self.index):
             kernel, blocks, multiprocessors = _loaded(case, self.index)

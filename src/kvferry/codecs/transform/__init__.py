@@ -135,7 +135,7 @@ class Transform(Codec):
 
     def max_payload_bytes(self, spec: BlockSpec) -> int:
         # Every block could be stored as it is, beside coefficients that are zero but not known to be.
-        inner = self._coder(1.0).max_encoded_bytes(BlockSpec(spec.shape, COEFFICIENTS))
+        inner = self._coder(1.0).max_encoded_bytes(BlockSpec(_vector_shape(spec.shape, self.profile.n), COEFFICIENTS))
         blocks = -(-spec.num_values // self.profile.head_dim)
         return _COUNT.size + 4 * blocks + spec.raw_bytes + 8 + inner
 
@@ -157,7 +157,7 @@ class Transform(Codec):
         kept = _pack_special(rows, blocks, part.groups)
         if blocks:
             _zero_blocks(coefficients, blocks, part.groups)
-        coefficients = coefficients.reshape(tensor.shape)
+        coefficients = _vectors(coefficients, part.groups).reshape(_vector_shape(tensor.shape, part.n))
         scale, inner = self._code(coefficients, len(kept), BlockSpec.of(tensor))
         payload = kept + inner
         bound_used = _pointwise_bound(rows, bad, matrices, angles, part, scale) if tensor.numel() else 0.0
@@ -226,7 +226,9 @@ class Transform(Codec):
         coefficients = read_frame(inner)
         header = coefficients.header
         stated = header.codec, header.dtype, header.shape, header.packing
-        if stated != (Bounded.name, COEFFICIENTS, frame.header.shape, frame.header.packing):
+        n, shape = header.shape[-1] if header.shape else 0, frame.header.shape
+        fits = n > 0 and shape[-1] > 0 and n % shape[-1] == 0 and shape[-3] * shape[-1] % n == 0
+        if not fits or stated != (Bounded.name, COEFFICIENTS, _vector_shape(shape, n), frame.header.packing):
             raise CorruptFrame(f"the coefficients' frame is of {stated}, which is not what is around it")
         Bounded.check_size(coefficients)
 
@@ -249,10 +251,14 @@ class Transform(Codec):
         if (shape[-3], shape[-1]) != (profile.heads, profile.head_dim):
             raise CorruptFrame(f"{shape} is not the shape of the profile's layers")
         kept, inner = _split(frame)
-        coefficients = torch.empty(shape, dtype=COEFFICIENTS, device=out.device)
-        Bounded.decode(read_frame(inner), coefficients)
+        coded = read_frame(inner)
+        if coded.header.shape != _vector_shape(shape, profile.n):
+            raise CorruptFrame(f"coefficients {coded.header.shape} are not those of vectors of {profile.n}")
+        coefficients = torch.empty(coded.header.shape, dtype=COEFFICIENTS, device=out.device)
+        Bounded.decode(coded, coefficients)
         coefficients = torch.where(coefficients.isfinite(), coefficients, 0.0)
-        rows, targets = codec._layers(coefficients), codec._layers(out)
+        targets = codec._layers(out)
+        rows = _heads(coefficients.reshape(len(targets), *coefficients.shape[-3:]), shape[-1])
         special = _kept_blocks(kept, targets, codec.part.groups)
         if out.numel():
             matrices, angles = codec._at(out, codec.part)
@@ -335,6 +341,23 @@ def _length(rows: Tensor) -> float:
     whole = (rows.abs().double() * reference.power_of_two(bits - exponent).double()).ceil()
     unit = reference.power_of_two(exponent - bits).double()
     return math.sqrt(float(((whole * whole).sum(-1, keepdim=True) * unit * unit).max()))
+
+
+def _vector_shape(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """`[..., groups, tokens, n]` of `[..., heads, tokens, head_dim]`."""
+    return (*shape[:-3], shape[-3] * shape[-1] // n, shape[-2], n)
+
+
+def _vectors(heads: Tensor, groups: int) -> Tensor:
+    """`[B, groups, T, n]` of `[B, H, T, D]`."""
+    vectors: Tensor = heads.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)
+    return vectors
+
+
+def _heads(vectors: Tensor, head_dim: int) -> Tensor:
+    """`[B, H, T, D]` of `[B, groups, T, n]`."""
+    heads: Tensor = vectors.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+    return heads
 
 
 def _frame(coefficients: Tensor, codec: Bounded) -> bytes:

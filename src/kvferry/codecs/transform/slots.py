@@ -1,9 +1,9 @@
 """Slots of transform coefficients: `SlotCodec` with `Transform`.
 
-Pages become coefficients in memory of this module's (float16, lines and pages as the cache has them), and those go into
-slots, and come out of them, as `bounded` values would. A block of 64 tokens of a group in which a value has no
-coefficients keeps the bits of its values in their place, coded at a bound so small that they are stored as they are; a
-line of marks, one channel a group, says which blocks those are.
+Pages become coefficients in memory of this module's (float16, a row for each group's vector, pages as the cache has
+them), and those go into slots, and come out of them, as `bounded` values would. A block of 64 tokens of a group in
+which a value has no coefficients keeps the bits of its values in their place, coded at a bound so small that they are
+stored as they are; a line of marks, one channel a group, says which blocks those are.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.bounded.steps import round_down
 from kvferry.codecs.checks import gpu_kernels
 from kvferry.codecs.slots import CoefficientSlots, SlotCodec, coded_channels
-from kvferry.codecs.tiling import TILE_TOKENS
+from kvferry.codecs.tiling import TILE_TOKENS, channel_segments
 from kvferry.codecs.transform import COEFFICIENTS, Transform, coefficient_coder, reference
 from kvferry.codecs.transform.profile import SIDES
 from kvferry.codecs.transform.reference import Angles, Matrices
@@ -44,7 +44,10 @@ class Scratch:
     """Coefficients of up to `chunks` chunks, and the codec that puts them into slots."""
 
     chunks: int
-    memory: Tensor
+    vectors: list[Tensor]
+    """Of each group of each layer's K, V: `[pages, page_tokens, n]`."""
+    marks: Tensor
+    """`[pages, page_tokens, at least as many channels as there are vectors]`."""
     slots: CoefficientSlots
     pages: Tensor
     """int32 `[chunks, chunk_pages]`: page j of chunk i of the coefficients."""
@@ -54,18 +57,17 @@ class Scratch:
     @classmethod
     def of(cls, outer: SlotCodec, chunks: int) -> "Scratch":
         kv, codec = outer.kv, cast(Transform, outer.codec)
-        pages, channels = chunks * outer.chunk_pages, coded_channels(outer.kv, outer.codec)
-        rows = pages * kv.page_tokens
-        # Lines begin at multiples of 16 bytes: kernels read 16 at a time.
-        starts, end = [], 0
-        for width in channels:
-            starts.append(end)
-            end += -(-rows * width // 8) * 8
-        memory = torch.zeros(end, dtype=COEFFICIENTS, device=kv.device)
-        lines = [
-            memory[start : start + rows * width].view(pages, kv.page_tokens, width)
-            for start, width in zip(starts, channels, strict=True)
-        ]
+        pages, profile = chunks * outer.chunk_pages, codec.profile
+        groups, pieces = 2 * len(profile.layers) * profile.groups, channel_segments(profile.n)
+        width = pieces[0][1]
+        mark_lines = len(coded_channels(kv, codec)) - groups * len(pieces)
+
+        def rows(channels: int) -> Tensor:
+            return torch.zeros(pages, kv.page_tokens, channels, dtype=COEFFICIENTS, device=kv.device)
+
+        vectors, marks = [rows(profile.n) for _ in range(groups)], rows(mark_lines * width)
+        lines = [vector[:, :, start : start + piece] for vector in vectors for start, piece in pieces]
+        lines += marks.split(width, 2)
         tile_bounds = torch.zeros(chunks, outer.num_tiles, dtype=torch.float32, device=kv.device)
         slots = CoefficientSlots(
             PagedKV(tuple(lines)),
@@ -79,7 +81,12 @@ class Scratch:
             outer=outer,
         )
         numbers = torch.arange(pages, dtype=torch.int32, device=kv.device).view(chunks, -1)
-        return cls(chunks, memory, slots, numbers, torch.zeros(chunks, dtype=torch.int32, device=kv.device))
+        return cls(chunks, vectors, marks, slots, numbers, torch.zeros(chunks, dtype=torch.int32, device=kv.device))
+
+    @property
+    def part_lines(self) -> int:
+        """Lines that a vector is cut into."""
+        return len(channel_segments(self.vectors[0].shape[2]))
 
     @property
     def bound(self) -> float:
@@ -207,70 +214,57 @@ def _token_positions(outer: SlotCodec, positions: Tensor) -> Tensor:
 def _forward(space: Workspace, scratch: Scratch, page_table: Tensor, positions: Tensor) -> None:
     """Fill the scratch's coefficients, marks and bounds from the pages."""
     outer, chunks = space.outer, len(page_table)
-    codec = cast(Transform, outer.codec)
-    profile, coefficient_lines = codec.profile, scratch.slots.kv.lines
+    profile = cast(Transform, outer.codec).profile
     lines_each = outer.kv.num_lines // len(space.parts)
-    lines_group = lines_each // profile.groups
     blocks = -(-outer.tokens // TILE_TOKENS)
     token_positions = _token_positions(outer, positions)
     bound = torch.tensor(scratch.bound)
     bounds = scratch.tile_bounds[:chunks].view(chunks, blocks, -1)
     bounds.fill_(scratch.bound)
     exact = torch.tensor(EXACT_BOUND)
-    marks = torch.cat(coefficient_lines[outer.kv.num_lines :], 2)
+    marks = scratch.marks.view(scratch.chunks, outer.tokens, -1)[:chunks]
     for number, (_, side, matrices) in enumerate(space.parts):
-        first = number * lines_each
-        lines = outer.kv.lines[first : first + lines_each]
-        gathered = [_gather(line, page_table) for line in lines]
-        values = torch.cat(gathered, 2).view(chunks * outer.tokens, profile.heads, -1).transpose(0, 1)
+        lines = outer.kv.lines[number * lines_each : (number + 1) * lines_each]
+        gathered = torch.cat([_gather(line, page_table) for line in lines], 2).view(chunks, outer.tokens, -1)
+        values = gathered.view(chunks * outer.tokens, profile.heads, -1).transpose(0, 1)
         coefficients, bad = reference.forward(values, matrices, Angles.of(profile, side, token_positions))
-        flat = coefficients.transpose(0, 1).reshape(chunks, outer.tokens, -1)
-        at = 0
-        for place, line in enumerate(lines):
-            group = place // lines_group
+        coded = as_bits(coefficients.transpose(0, 1).reshape(chunks, outer.tokens, -1))
+        for group in range(profile.groups):
+            at, own = number * profile.groups + group, slice(group * profile.n, (group + 1) * profile.n)
             special = _blocks(bad[group].view(chunks, outer.tokens))  # [chunks, blocks]
             per_token = special.repeat_interleave(TILE_TOKENS, 1)[:, : outer.tokens, None]
-            mine = as_bits(flat[:, :, at : at + line.shape[2]].contiguous())
-            original = as_bits(gathered[place].view(chunks, outer.tokens, -1))
-            target = as_bits(coefficient_lines[first + place]).view(scratch.chunks, outer.tokens, -1)
-            target[:chunks] = torch.where(per_token, original, mine)
-            bounds[:, :, first + place] = torch.where(special, exact, bound)
-            mark = number * profile.groups + group
-            marks.view(scratch.chunks, outer.tokens, -1)[:chunks, :, mark] = torch.where(per_token[..., 0], MARK, 0.0)
-            at += line.shape[2]
-    at = 0
-    for line in coefficient_lines[outer.kv.num_lines :]:
-        line.copy_(marks[:, :, at : at + line.shape[2]])
-        at += line.shape[2]
+            target = as_bits(scratch.vectors[at]).view(scratch.chunks, outer.tokens, -1)
+            target[:chunks] = torch.where(per_token, as_bits(gathered)[..., own], coded[..., own])
+            bounds[:, :, at * scratch.part_lines : (at + 1) * scratch.part_lines] = torch.where(special, exact, bound)[
+                ..., None
+            ]
+            marks[..., at] = torch.where(per_token[..., 0], MARK, 0.0)
 
 
 def _inverse(space: Workspace, scratch: Scratch, page_table: Tensor, positions: Tensor, status: Tensor) -> None:
     """Fill the pages of chunks whose status is good from the scratch's coefficients."""
     outer = space.outer
-    profile, coefficient_lines = cast(Transform, outer.codec).profile, scratch.slots.kv.lines
+    profile = cast(Transform, outer.codec).profile
     lines_each = outer.kv.num_lines // len(space.parts)
-    lines_group = lines_each // profile.groups
     good = (status == SlotStatus.GOOD).nonzero().flatten()
     if not len(good):
         return
     table = page_table[good]
     own = scratch.pages[good]
     token_positions = _token_positions(outer, positions[good])
-    marks = torch.cat([_gather(line, own) for line in coefficient_lines[outer.kv.num_lines :]], 2) > MARKED_ABOVE
-    marks = marks.view(len(good), outer.tokens, -1)
+    marked = _gather(scratch.marks, own).view(len(good), outer.tokens, -1) > MARKED_ABOVE
     for number, (_, side, matrices) in enumerate(space.parts):
-        first = number * lines_each
-        coded = [_gather(line, own) for line in coefficient_lines[first : first + lines_each]]
-        rows = torch.cat(coded, 2).view(len(good) * outer.tokens, profile.heads, -1).transpose(0, 1)
+        groups = range(number * profile.groups, (number + 1) * profile.groups)
+        coded = torch.cat([_gather(scratch.vectors[at], own).view(len(good), outer.tokens, -1) for at in groups], 2)
+        rows = coded.view(len(good) * outer.tokens, profile.heads, -1).transpose(0, 1)
         rows = torch.where(rows.isfinite(), rows, 0.0)
         values = reference.inverse(rows, matrices, Angles.of(profile, side, token_positions), outer.kv.dtype)
-        flat = values.transpose(0, 1).reshape(len(good), outer.tokens, -1)
+        flat = as_bits(values.transpose(0, 1).reshape(len(good), outer.tokens, -1))
+        special = marked[..., list(groups)].repeat_interleave(profile.n, 2)
+        bits = torch.where(special, as_bits(coded), flat)
         at = 0
-        for place, line in enumerate(outer.kv.lines[first : first + lines_each]):
-            special = marks[:, :, number * profile.groups + place // lines_group, None]
-            mine = as_bits(flat[:, :, at : at + line.shape[2]].contiguous())
-            original = as_bits(coded[place].view(len(good), outer.tokens, -1))
-            _scatter(line, table, torch.where(special, original, mine))
+        for line in outer.kv.lines[number * lines_each : (number + 1) * lines_each]:
+            _scatter(line, table, bits[:, :, at : at + line.shape[2]])
             at += line.shape[2]
 
 
