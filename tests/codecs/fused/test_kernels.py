@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("cuda.bindings.nvrtc")
 
 from kvferry.codecs import fitting
-from kvferry.codecs.fused import kernels
+from kvferry.codecs.fused import kernels, transform
 from kvferry.codecs.fused.kernels import DECODE, ENCODE, ENTRIES, RETRY, SHAPES, Case
 from kvferry.device.nvrtc import compile_cubin
 from kvferry.format import slot
@@ -49,6 +49,17 @@ KERNELS += [(RETRY, arch, case) for arch, case in COMPILED if case.codec == "bou
 def test_kernels_compile(kernel: str, arch: str, case: Case) -> None:
     cubin = compile_cubin(case.source(kernel), arch, case.defines(kernel, 32 * case.shape(kernel).warps))
     assert ENTRIES[kernel].encode() in cubin
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(
+    ("n", "head_dim", "rotary", "interleaved"),
+    [(256, 128, 128, False), (144, 144, 144, False), (64, 64, 32, True), (48, 48, 0, False)],
+)
+def test_transforms_compile(n: int, head_dim: int, rotary: int, interleaved: bool, inverse: bool, arch: str) -> None:
+    case = transform.TransformCase(inverse, FP16 if inverse else BF16, n, head_dim, rotary, interleaved)
+    assert transform.KERNEL.encode() in compile_cubin(transform.source(), arch, case.defines)
 
 
 def test_the_source_agrees_with_the_host() -> None:
@@ -97,6 +108,7 @@ def test_a_warp_has_the_shared_memory_that_its_stage_takes(packing: str) -> None
         ("place.cu", "Ladder", kernels.Ladder),
         ("place.cu", "Sink", kernels.Sink),
         ("decode.cu", "Input", kernels.Input),
+        ("transform.cu", "Job", transform.Job),
     ],
 )
 def test_structures_have_the_same_fields(file: str, name: str, structure: type[ctypes.Structure]) -> None:
