@@ -194,7 +194,7 @@ class Input(ctypes.Structure):
     )
 
 
-FIRST_BOUND = 6
+FIRST_BOUND = 5
 """Which word of an encoder's `work` is the largest bound of chunk 0's tiles."""
 _CHUNK_WORDS = 6
 

@@ -16,15 +16,14 @@ struct Chunk {
     u32 bound, settled, payload, around, low_bytes, high_bytes;
 };
 
-// Where tiles go. Slots: chunk c to `slots + slot_index[c] * slot_bytes`. One payload: to `slots`, at most `slot_bytes`, with the
-// directory beside it. `work`: zeroed; {Tickets, Chunk[chunks], list[chunks * retries], status[tiles], and as many again for retries}.
 struct Tickets {
     u32 first, again;      // that were drawn
     u32 listed, open;      // chunks (once for each retry) on the list of those to be tried again; of them, not yet done
     u32 overflowed;        // chunks that the first try was not the last of
-    u32 unused;
 };
 
+// Where tiles go. Slots: chunk c to `slots + slot_index[c] * slot_bytes`. One payload: to `slots`, at most `slot_bytes`, with the
+// directory beside it. `work`: zeroed; {Tickets, Chunk[chunks], list[chunks * retries], status[tiles], and as many again for retries}.
 struct Sink {
     u8 *slots;
     i64 slot_bytes;

@@ -35,7 +35,7 @@ struct Writer {
 
 __device__ __noinline__ u64 write_small(u8 *out, int at, u32 staged, u32 least, int count, int code, int lane) {
     Writer writer = {out, 0};
-    static_assert(2 << 1 == 32 / 8, "small_bits");
+    // 32 / small_bits(code) to a word.
     if (code == 1) writer.packed<8>(at, staged, least, count, lane);
     else if (code == 2) writer.packed<4>(at, staged, least, count, lane);
     else if (code == 3) writer.packed<2>(at, staged, least, count, lane);

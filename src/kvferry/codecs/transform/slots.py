@@ -60,12 +60,14 @@ class Scratch:
         pages, profile = chunks * outer.chunk_pages, codec.profile
         groups, pieces = 2 * len(profile.layers) * profile.groups, channel_segments(profile.n)
         width = pieces[0][1]
-        mark_lines = len(coded_channels(kv, codec)) - groups * len(pieces)
 
         def rows(channels: int) -> Tensor:
             return torch.zeros(pages, kv.page_tokens, channels, dtype=COEFFICIENTS, device=kv.device)
 
-        vectors, marks = [rows(profile.n) for _ in range(groups)], rows(mark_lines * width)
+        vectors, marks = (
+            [rows(profile.n) for _ in range(groups)],
+            rows(sum(coded_channels(kv, codec)) - groups * profile.n),
+        )
         lines = [vector[:, :, start : start + piece] for vector in vectors for start, piece in pieces]
         lines += marks.split(width, 2)
         tile_bounds = torch.zeros(chunks, outer.num_tiles, dtype=torch.float32, device=kv.device)
