@@ -5,18 +5,15 @@ import torch
 
 import kvferry
 
-typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
-from kvferry import data  # noqa: E402
-from kvferry.cli.main import app  # noqa: E402
+from command_line import assert_one_line_error, run
+
+from kvferry import data
 
 SMALL = ("--windows", 3, "--window-tokens", 256, "--held-out", 1)
-
-
-def run(*arguments):
-    return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -67,11 +64,7 @@ def test_a_state_is_gone_on_from_unless_told_otherwise(command, tmp_path):
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(command, options, message):
-    result = run(*command, *options)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert_one_line_error(run(*command, *options), message)
 
 
 def test_a_text_is_needed(command):

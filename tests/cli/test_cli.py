@@ -9,21 +9,10 @@ import torch
 
 import kvferry
 
-typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 
-from kvferry.cli.main import app  # noqa: E402
-
-
-def run(*arguments):
-    return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_one_line_error(result, message):
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+from command_line import assert_one_line_error, break_decompress, run
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +72,7 @@ def test_demo_tells_the_story_and_writes_its_files(demo, tmp_path):
 
 
 def test_demo_fails_when_a_guarantee_is_broken(demo, monkeypatch):
-    decompress = kvferry.decompress
-
-    def wrong(frame, device="cpu", out=None):
-        tensor = decompress(frame, device, out)
-        tensor[..., 0, 0] += 1
-        return tensor
-
-    monkeypatch.setattr(kvferry, "decompress", wrong)
+    break_decompress(monkeypatch)
     result = run(*demo, "--sequences", 1)
     assert result.exit_code == 1
     assert "GUARANTEE BROKEN" in result.stdout

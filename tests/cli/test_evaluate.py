@@ -5,19 +5,14 @@ import json
 import pytest
 import torch
 
-import kvferry
 from kvferry import data
 
-typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-from kvferry.cli.main import app  # noqa: E402
-
-
-def run(*arguments):
-    return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+from command_line import assert_one_line_error, break_decompress, run
 
 
 @pytest.fixture
@@ -68,14 +63,7 @@ def test_tokens_and_a_profile(command, tmp_path):
 
 
 def test_a_broken_guarantee_is_exit_code_1(command, monkeypatch):
-    decompress = kvferry.decompress
-
-    def wrong(frame, device="cpu", out=None):
-        tensor = decompress(frame, device, out)
-        tensor[..., 0, 0] += 1
-        return tensor
-
-    monkeypatch.setattr(kvferry, "decompress", wrong)
+    break_decompress(monkeypatch)
     result = run(*command, "--codecs", "lossless")
     assert result.exit_code == 1
     assert "GUARANTEE BROKEN: lossless" in result.stdout
@@ -98,11 +86,7 @@ def test_a_broken_guarantee_is_exit_code_1(command, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_one_line(command, options, message):
-    result = run(*command, *options)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert_one_line_error(run(*command, *options), message)
 
 
 def test_a_folder_without_a_model(tmp_path):
