@@ -114,7 +114,7 @@ def profile(head_dim: int, heads: int, generator: torch.Generator) -> kvferry.Pr
 def try_transforms(generator: torch.Generator) -> tuple[int, int]:
     """(cases, damaged chunks reported): asked bounds and fixed rates, bases of a head and of two."""
     count = reported = 0
-    for heads, head_dim, packing in itertools.product((1, 2), (128, 72), ("ans", "bitpack")):
+    for heads, head_dim, packing in itertools.product((1, 2), (128, 96), ("ans", "bitpack")):
         given = profile(head_dim, heads, generator)
         for codec in (kvferry.Transform(given, packing=packing), kvferry.Transform(given, ratio=4.0, packing=packing)):
             reported += try_chunks(codec, head_dim, 4.0 if codec.ratio else 1.0, generator)
