@@ -102,12 +102,65 @@ __device__ __noinline__ void copy_block(const Job &job, int part, int chunk, int
     }
 }
 
+// What a block works on: tokens of a chunk, of one part.
+struct Item {
+    int part, chunk, block, first_token, tokens, mark_line;
+    const i64 *marks;  // where this block's mark lies: channel `part` of the lines behind the others
+
+    __device__ __forceinline__ Item(const Job &job, int number, int blocks, int tokens_of_chunk) {
+        // Neighbours share a part: its basis stays in the cache.
+        part = number / (job.num_chunks * blocks);
+        chunk = number / blocks % job.num_chunks;
+        block = number % blocks;
+        first_token = block * TOKENS;
+        tokens = min(TOKENS, tokens_of_chunk - first_token);
+        mark_line = job.parts * job.coded_part_lines + part / job.mark_width;
+        marks = job.coded_lines + 3 * mark_line;
+    }
+};
+
+// What is looked up of it before its rows.
+struct Place {
+    // Of each row: where it lies from its line's start on, in the source and in the destination; NOWHERE if its page is missing.
+    u64 row_from[TOKENS], row_to[TOKENS];
+    u64 line_start[MOST_LINES], coded_start;
+    int position, status, bad;
+};
+
+__device__ __forceinline__ void look_up(const Job &job, const Item &item, Place &place) {
+    if (threadIdx.x < TOKENS) {
+        const int token = item.first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;
+        const i64 *line = job.lines + 3 * item.part * job.part_lines, *coded = job.coded_lines + 3 * item.part * job.coded_part_lines;
+        u64 there = NOWHERE, here = NOWHERE;
+        if ((int)threadIdx.x < item.tokens) {
+            const int page = job.pages[(i64)item.chunk * job.chunk_pages + p];
+            if (page >= 0) there = page * line[1] + r * (i64)(u32)line[2];
+            here = ((i64)item.chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2];
+        }
+        place.row_from[threadIdx.x] = KVF_INVERSE ? here : there;
+        place.row_to[threadIdx.x] = KVF_INVERSE ? there : here;
+    } else if ((int)threadIdx.x - TOKENS < job.part_lines) {
+        const int l = threadIdx.x - TOKENS;
+        place.line_start[l] = job.lines[3 * (item.part * job.part_lines + l)];
+    }
+    if (threadIdx.x == THREADS - 1) {
+        place.coded_start = job.coded_lines[3 * item.part * job.coded_part_lines];
+        place.position = job.positions[item.chunk] + item.first_token;
+        place.bad = 0;
+#if KVF_INVERSE
+        const int p = item.first_token / job.page_tokens, r = item.first_token - p * job.page_tokens;
+        const u8 *mark = (const u8 *)(item.marks[0] + ((i64)item.chunk * job.chunk_pages + p) * item.marks[1] + r * (i64)(u32)item.marks[2]);
+        place.status = job.status[item.chunk];
+        place.bad = from_half(((const u16 *)mark)[item.part % job.mark_width]) > MARKED_ABOVE;
+#endif
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_transform(Job given) {
     extern __shared__ uint4 shared[];
     __shared__ Job job;
-    // Of each row: where it lies from its line's start on, in the source and in the destination; NOWHERE if its page is missing.
-    __shared__ u64 row_from[TOKENS], row_to[TOKENS], line_start[MOST_LINES], coded_start;
-    __shared__ int row_exponent[TOKENS], bad;
+    __shared__ Place places[2];  // of this item and the next
+    __shared__ int row_exponent[TOKENS];
     __shared__ Column column[TILES];
     u8 *rows = (u8 *)shared;
     const u32 rows_address = shared_address(rows);
@@ -124,44 +177,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
     __syncthreads();
     const int tokens_of_chunk = job.chunk_pages * job.page_tokens, blocks = (tokens_of_chunk + TOKENS - 1) / TOKENS;
     const int items = job.parts * job.num_chunks * blocks;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        // Neighbours share a part: its basis stays in the cache.
-        const int part = item / (job.num_chunks * blocks), chunk = item / blocks % job.num_chunks, block = item % blocks;
-        const int first_token = block * TOKENS, tokens = min(TOKENS, tokens_of_chunk - first_token);
+    int which = 0;
+    if ((int)blockIdx.x < items) look_up(job, Item(job, blockIdx.x, blocks, tokens_of_chunk), places[0]);
+    for (int number = blockIdx.x; number < items; number += gridDim.x, which ^= 1) {
+        const Item item(job, number, blocks, tokens_of_chunk);
+        const int part = item.part, chunk = item.chunk, first_token = item.first_token, tokens = item.tokens;
         const bool turned = ROTARY > 0 && (part / job.groups & 1) == 0;
-        // The mark of this block: channel `part` of the lines behind the others.
-        const int mark_line = job.parts * job.coded_part_lines + part / job.mark_width;
-        const i64 *marks = job.coded_lines + 3 * mark_line;
-        __syncthreads();
-        if (threadIdx.x < TOKENS) {
-            const int token = first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;
-            const i64 *line = job.lines + 3 * part * job.part_lines, *coded = job.coded_lines + 3 * part * job.coded_part_lines;
-            u64 there = NOWHERE, here = NOWHERE;
-            if ((int)threadIdx.x < tokens) {
-                const int page = job.pages[(i64)chunk * job.chunk_pages + p];
-                if (page >= 0) there = page * line[1] + r * (i64)(u32)line[2];
-                here = ((i64)chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2];
-            }
-            row_from[threadIdx.x] = KVF_INVERSE ? here : there;
-            row_to[threadIdx.x] = KVF_INVERSE ? there : here;
-        } else if ((int)threadIdx.x - TOKENS < job.part_lines) {
-            const int l = threadIdx.x - TOKENS;
-            line_start[l] = job.lines[3 * (part * job.part_lines + l)];
-        }
-        if (threadIdx.x == 0) {
-            coded_start = job.coded_lines[3 * part * job.coded_part_lines];
-            bad = 0;
-#if KVF_INVERSE
-            const int p = first_token / job.page_tokens, r = first_token - p * job.page_tokens;
-            const u8 *mark = (const u8 *)(marks[0] + ((i64)chunk * job.chunk_pages + p) * marks[1] + r * (i64)(u32)marks[2]);
-            bad = from_half(((const u16 *)mark)[part % job.mark_width]) > MARKED_ABOVE;
-#endif
-        }
+        Place &place = places[which];
+        const auto look_ahead = [&]() {
+            const int then = number + (int)gridDim.x;
+            if (then < items) look_up(job, Item(job, then, blocks, tokens_of_chunk), places[which ^ 1]);
+        };
         __syncthreads();
 #if KVF_INVERSE
-        if (job.status[chunk] != GOOD) continue;
-        if (bad) {
-            copy_block(job, part, chunk, first_token, tokens, true);
+        if (place.status != GOOD || place.bad) {
+            if (place.status == GOOD) copy_block(job, part, chunk, first_token, tokens, true);
+            look_ahead();
             continue;
         }
 #endif
@@ -175,11 +206,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
                 const int i = first + b * THREADS, t = i / VECTORS, c = i % VECTORS;
                 v[b] = {0, 0, 0, 0};
                 if ((TOKENS * VECTORS) % (BATCH * THREADS) != 0 && i >= TOKENS * VECTORS) continue;
-                if (row_from[t] == NOWHERE) continue;
-                const Column place = column[c];
-                const u64 address = (KVF_INVERSE ? coded_start + 16 * c : line_start[place.line] + 2 * place.channel) + row_from[t];
-                if ((address & 15) == 0) {
-                    v[b] = __ldg((const uint4 *)address);
+                if (place.row_from[t] == NOWHERE) continue;
+                const Column at = column[c];
+                const u64 address = (KVF_INVERSE ? place.coded_start + 16 * c : place.line_start[at.line] + 2 * at.channel) + place.row_from[t];
+                if ((address & 15) == 0) {  // not by way of the first-level cache, which has the basis
+                    u32 word[4];
+                    load_global<16>((const u8 *)address, word);
+                    v[b] = {word[0], word[1], word[2], word[3]};
                 } else {
                     const u16 *q = (const u16 *)address;
                     v[b] = {q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16, q[4] | (u32)q[5] << 16, q[6] | (u32)q[7] << 16};
@@ -197,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         // Partners under RoPE are a whole number of lanes apart: in the same lane.
         constexpr bool ALIGNED = !KVF_INTERLEAVED && ROTARY > 0 && HALF % 64 == 0 && HEAD % 64 == 0;
         constexpr int APART = HALF / 64, EACH = HEAD / 64;  // pairs a lane has: between partners, and of a head
-        const int chunk_position = job.positions[chunk] + first_token;
+        const int chunk_position = place.position;
 #if !KVF_INVERSE
         float2 mean[PAIRS];
 #pragma unroll
@@ -205,6 +238,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
             const int c = 2 * lane + 64 * i;
             mean[i] = N % 64 && c >= N ? float2{0.0f, 0.0f} : __ldg((const float2 *)(job.mean + part * N + c));
         }
+        // Angles are asked for a row ahead.
+        float4 angle_ahead[APART ? APART : 1];
+        const auto fetch_angles = [&](int t) {
+            const float2 *angles = job.angles + (i64)min(max(chunk_position + t, 0), job.num_positions - 1) * HALF;
+#pragma unroll
+            for (int i = 0; i < APART; ++i) angle_ahead[i] = __ldg((const float4 *)(angles + 2 * lane + 64 * i));
+        };
+        if (ALIGNED && turned) fetch_angles(warp);
 #endif
 #pragma unroll(PAIRS <= 4 ? 2 : 1)
         for (int t = warp; t < TOKENS; t += WARPS) {
@@ -226,11 +267,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
             }
 #if !KVF_INVERSE
             if (ROTARY > 0 && turned) {
-                const float2 *angles = job.angles + (i64)min(max(chunk_position + t, 0), job.num_positions - 1) * HALF;
                 if constexpr (ALIGNED) {
                     float4 angle[APART ? APART : 1];
 #pragma unroll
-                    for (int i = 0; i < APART; ++i) angle[i] = __ldg((const float4 *)(angles + 2 * lane + 64 * i));
+                    for (int i = 0; i < APART; ++i) angle[i] = angle_ahead[i];
+                    if (t + WARPS < TOKENS) fetch_angles(t + WARPS);
 #pragma unroll
                     for (int i = 0; i < PAIRS; ++i) {
                         if (i % EACH >= APART) continue;
@@ -242,6 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
                         x[i + APART].y = __fsub_rn(__fmul_rn(second.y, a.z), __fmul_rn(first.y, a.w));
                     }
                 } else {
+                    const float2 *angles = job.angles + (i64)min(max(chunk_position + t, 0), job.num_positions - 1) * HALF;
 #pragma unroll
                     for (int i = 0; i < PAIRS; ++i) {
                         const int c = 2 * lane + 64 * i, in_head = c % HEAD;
@@ -291,29 +333,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
             }
             if (lane == 0) {
                 row_exponent[t] = exponent;
-                if (!good && t < tokens) bad = 1;
+                if (!good && t < tokens) place.bad = 1;
             }
         }
         __syncthreads();
+        look_ahead();
         // ---- the product: a warp has 32 rows, and every fourth pair of column tiles
         const int base = 32 * (warp & 1), row_of = lane >> 2, column_of = lane & 3;
         const u32 fragments = rows_address + (base + (lane & 15)) * ROW_BYTES + 16 * (lane >> 4);
         const uint4 *basis = job.basis + (i64)part * TILES * STEPS * 32 + lane;
         const float scale = job.scale[part];
         float largest = 0.0f;
+        // The basis comes from the second-level cache: two steps ahead, and over the end of a pair to the next one's first.
+        constexpr int EVERY = WARPS / 2, AHEAD = STEPS < 2 ? STEPS : 2;
+        uint4 next[AHEAD][2];
+        const auto fetch = [&](int first, int second, int k, uint4(&to)[2]) {
+            to[0] = __ldg(basis + (first * STEPS + k) * 32);
+            to[1] = __ldg(basis + (second * STEPS + k) * 32);
+        };
+        if (warp >> 1 < TILES / 2) {
+            const int first = first_tile(warp >> 1, turned);
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k) fetch(first, second_tile(warp >> 1, first, turned), k, next[k]);
+        }
 #pragma unroll 1
-        for (int p = warp >> 1; p < TILES / 2; p += WARPS / 2) {
+        for (int p = warp >> 1; p < TILES / 2; p += EVERY) {
             const int tile[2] = {first_tile(p, turned), second_tile(p, first_tile(p, turned), turned)};
-            const uint4 *operand[2] = {basis + tile[0] * STEPS * 32, basis + tile[1] * STEPS * 32};
+            const int then = p + EVERY < TILES / 2 ? p + EVERY : p, first_then = first_tile(then, turned), second_then = second_tile(then, first_then, turned);
             int high[2][2][4] = {}, middle[2][2][4] = {}, low[2][2][4] = {};
-            uint4 next[2] = {__ldg(operand[0]), __ldg(operand[1])};
-#pragma unroll 2
+#pragma unroll(STEPS <= 8 ? STEPS : 2)
             for (int k = 0; k < STEPS; ++k) {
-                const uint4 b[2] = {next[0], next[1]};
-                if (k + 1 < STEPS) {
-                    next[0] = __ldg(operand[0] + 32 * (k + 1));
-                    next[1] = __ldg(operand[1] + 32 * (k + 1));
+                const uint4 b[2] = {next[0][0], next[0][1]};
+#pragma unroll
+                for (int i = 0; i + 1 < AHEAD; ++i) {
+                    next[i][0] = next[i + 1][0];
+                    next[i][1] = next[i + 1][1];
                 }
+                const bool over = k + AHEAD >= STEPS;
+                fetch(over ? first_then : tile[0], over ? second_then : tile[1], over ? k + AHEAD - STEPS : k + AHEAD, next[AHEAD - 1]);
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     u32 upper[4], lower[4];
@@ -331,20 +388,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
             u64 start[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const Column place = column[tile[j]];
-                start[j] = (KVF_INVERSE ? line_start[place.line] + 2 * place.channel : coded_start + 16 * tile[j]) + 4 * column_of;
+                const Column at = column[tile[j]];
+                start[j] = (KVF_INVERSE ? place.line_start[at.line] + 2 * at.channel : place.coded_start + 16 * tile[j]) + 4 * column_of;
             }
 #if KVF_INVERSE
             float2 mean[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) mean[j] = __ldg((const float2 *)(job.mean + part * N + 8 * tile[j] + 2 * column_of));
 #endif
+#if KVF_INVERSE && !KVF_INTERLEAVED
+            // Of all rows at once: one latency.
+            const int in_head = (8 * tile[0] + 2 * column_of) % HEAD;
+            float4 angle[2][2] = {};
+            if (ROTARY > 0 && turned && in_head < HALF) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int position = chunk_position + base + 16 * (i / 2) + row_of + 8 * (i % 2);
+                    const float2 *angles = job.angles + (i64)min(max(position, 0), job.num_positions - 1) * HALF;
+                    angle[i / 2][i % 2] = __ldg((const float4 *)(angles + in_head));
+                }
+            }
+#endif
 #pragma unroll
             for (int m = 0; m < 2; ++m)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {  // the fragment's two rows
                     const int t = base + 16 * m + row_of + 8 * h;
-                    const u64 there = row_to[t];
+                    const u64 there = place.row_to[t];
                     if (there == NOWHERE) continue;
                     const float factor = __fmul_rn(power_of_two(row_exponent[t] - 22), scale);  // exact
                     float2 y[2];
@@ -359,8 +429,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
                     }
 #if KVF_INVERSE
                     if (ROTARY > 0 && turned) {
-                        const float2 *angles = job.angles + (i64)min(max(chunk_position + t, 0), job.num_positions - 1) * HALF;
 #if KVF_INTERLEAVED
+                        const float2 *angles = job.angles + (i64)min(max(chunk_position + t, 0), job.num_positions - 1) * HALF;
 #pragma unroll
                         for (int j = 0; j < 2; ++j) {
                             const int in_head = (8 * tile[j] + 2 * column_of) % HEAD;
@@ -370,9 +440,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
                             y[j].y = __fadd_rn(__fmul_rn(pair.y, a.x), __fmul_rn(pair.x, a.y));
                         }
 #else
-                        const int in_head = (8 * tile[0] + 2 * column_of) % HEAD;
                         if (in_head < HALF) {
-                            const float4 a = __ldg((const float4 *)(angles + in_head));
+                            const float4 a = angle[m][h];
                             const float2 first = y[0], second = y[1];
                             y[0].x = __fsub_rn(__fmul_rn(first.x, a.x), __fmul_rn(second.x, a.y));
                             y[0].y = __fsub_rn(__fmul_rn(first.y, a.z), __fmul_rn(second.y, a.w));
@@ -394,15 +463,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
                 }
         }
 #if !KVF_INVERSE
-        if (!(largest <= LARGEST)) bad = 1;
+        if (!(largest <= LARGEST)) place.bad = 1;
         __syncthreads();
+        const bool bad = place.bad;
         if (bad) copy_block(job, part, chunk, first_token, tokens, false);
-        float *bounds = job.bounds + ((i64)chunk * blocks + block) * job.coded;
+        float *bounds = job.bounds + ((i64)chunk * blocks + item.block) * job.coded;
         if ((int)threadIdx.x < job.coded_part_lines) bounds[part * job.coded_part_lines + threadIdx.x] = bad ? EXACT_BOUND : job.bound;
-        if (threadIdx.x == 0) bounds[mark_line] = job.bound;
+        if (threadIdx.x == 0) bounds[item.mark_line] = job.bound;
         if ((int)threadIdx.x < tokens) {
             const int token = first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;
-            u16 *mark = (u16 *)(marks[0] + ((i64)chunk * job.chunk_pages + p) * marks[1] + r * (i64)(u32)marks[2]);
+            u16 *mark = (u16 *)(item.marks[0] + ((i64)chunk * job.chunk_pages + p) * item.marks[1] + r * (i64)(u32)item.marks[2]);
             mark[part % job.mark_width] = (u16)half_bits(bad ? MARK : 0.0f);
         }
 #endif
