@@ -209,13 +209,22 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
             else decode_symbols(false);
             if (LOW_BITS || (BOUNDED && has_low)) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
+                for (int k = 0; k < CPL; ++k) {
+                    const int width = shift[k];
+                    if (width == 0) continue;
+                    if (width <= 8) {  // of four tokens at once
+                        const u32 four = stream_bits<false>(0, low, groups.low[0][k], t0 * width, min(4, tokens - t0) * width), mask = (1u << width) - 1;
 #pragma unroll
-                    for (int k = 0; k < CPL; ++k) {
-                        if (shift[k] == 0 || t0 + i >= tokens) continue;
-                        const u32 bits = stream_bits<false>(0, low, groups.low[0][k], (t0 + i) * shift[k], shift[k]);
-                        value[i][k] = value[i][k] * (1 << shift[k]) + (int)bits - (BOUNDED ? (1 << shift[k]) >> 1 : 0);
+                        for (int i = 0; i < 4; ++i)
+                            value[i][k] = value[i][k] * (1 << width) + (int)(four >> (i * width) & mask) - (BOUNDED ? (1 << width) >> 1 : 0);
+                        continue;
                     }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (t0 + i < tokens)
+                            value[i][k] = value[i][k] * (1 << width) + (int)stream_bits<false>(0, low, groups.low[0][k], (t0 + i) * width, width) -
+                                          (BOUNDED ? (1 << width) >> 1 : 0);
+                }
             }
         } else {
             const int b = t0 >> 5;
