@@ -51,7 +51,11 @@ def start_two(start: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     if ON_GPU:
         # Sums over workers by NCCL alone, without multicast: how they are made is not what is tested.
         options = {"disable_custom_all_reduce": True}
-        for name, value in {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}.items():
+        # This process has used CUDA: workers cannot be forks of it.
+        environment = {
+            "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        }  # fmt: skip
+        for name, value in environment.items():
             monkeypatch.setenv(name, value)
 
     def start_two(settings: dict[str, Any]) -> Any:

@@ -13,7 +13,8 @@ from prompts import PROMPTS, cached_of, prompt, tokens_of
 from kvferry import Profile, Transform
 from kvferry.codecs.slots import SlotCodec
 
-pytestmark = pytest.mark.xdist_group("vllm engine")
+ON_GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.xdist_group("vllm engine"), *([pytest.mark.gpu] if ON_GPU else [])]
 
 CHUNK = 64
 
@@ -49,15 +50,22 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     def named(identities: torch.Tensor) -> list[tuple[int, int]]:
         return [(first, second) for first, second in identities.tolist()]
 
+    def wait() -> None:
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    # Without positions, kernels are warmed up.
     def spy_encode(self: Any, table: Any, slots: Any, index: Any, identities: Any, positions: Any = None) -> None:
-        if isinstance(self.codec, Transform):
+        if isinstance(self.codec, Transform) and positions is not None:
+            wait()
             for name, pages, at in zip(named(identities), table, positions.tolist(), strict=True):
                 found.stored[name] = (values(self, pages), at)
         encode(self, table, slots, index, identities, positions)
 
     def spy_decode(self: Any, slots: Any, index: Any, table: Any, ids: Any, status: Any, positions: Any = None) -> None:
         decode(self, slots, index, table, ids, status, positions)
-        if isinstance(self.codec, Transform):
+        if isinstance(self.codec, Transform) and positions is not None:
+            wait()
             for name, pages, at in zip(named(ids), table, positions.tolist(), strict=True):
                 before, _ = found.stored[name]
                 assert bool((pages >= 0).all())
