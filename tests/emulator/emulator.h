@@ -303,6 +303,8 @@ inline u32 load_shared(u32 address) { return at_shared<u32>(address); }
 inline void store_shared(u32 address, u32 v) { at_shared<u32>(address) = v; }
 inline u32 load_shared_u8(u32 address) { return at_shared<u8>(address); }
 inline void store_shared_u8(u32 address, u32 v) { at_shared<u8>(address) = (u8)v; }
+inline u32 load_shared_u16(u32 address) { return at_shared<u16>(address); }
+inline void store_shared_u16(u32 address, u32 v) { at_shared<u16>(address) = (u16)v; }
 template <int CPL>
 void load_shared_words(u32 address, u32 (&v)[CPL]) {
     if ((CPL == 2 || CPL == 4) && address % (4 * CPL)) std::abort();
@@ -335,6 +337,7 @@ inline void store_pair(u64 address, u32 pair) {
 }
 inline u32 peek(const u32 *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 inline void poke(u32 *p, u32 v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+inline void poke_behind(u32 *p, u32 v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 
 // To nearest even, of float32 to `mantissa` bits of a smaller format with `exponent` bits of exponent.
 inline u32 narrowed(float f, int mantissa, int exponent) {

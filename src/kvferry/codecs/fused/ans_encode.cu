@@ -1,4 +1,4 @@
-// rANS over a tile's symbols, last pair of steps first. Behind gather.cu.
+// rANS over a tile's symbols, last pair of steps first. Behind writer.cu.
 //
 // A pair emits at most one word a lane, 2 bytes for two values: the words never outgrow the bytes already coded, and lie where
 // those lay, from the end of the stage downwards.
@@ -51,35 +51,62 @@ __device__ __noinline__ bool stage_columns(const Rows<CPL> rows, int tokens, int
     return any_exact;
 }
 
-// The same from the bytes, where values have low bits: shifted here, so that the loop over symbols is spared it.
+// The same from the bytes, where values have low bits: what lies above those takes the bytes' place, so that the loop over symbols is spared
+// shifts. The low bits go to `out`, if that is not null, the lane's from word `index` on; returned is their share of the checksum.
 template <int CPL>
-__device__ __noinline__ void shift_columns(int groups, const Columns<CPL> columns, const Stage stage, int lane) {
-    int previous[CPL] = {};
+__device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<CPL> columns, const Stage stage, u8 *out, int index, int lane) {
+    Writer writer = {out, 0};
+    int previous[CPL], at[CPL], filled[CPL], width[CPL];
+    u32 pending[CPL];
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) {
+        previous[k] = filled[k] = 0;
+        pending[k] = 0;
+        width[k] = out && k < count ? columns.shift[k] : 0;
+        at[k] = index;
+        index += stream_words(tokens, width[k]);
+    }
 #pragma unroll 1
-    for (int g = 0; g < groups; ++g) {
-        const u32 address = stage.codes + (g * 32 + lane) * CPL * 4;
+    for (int t = 0; t < tokens; t += 4) {
+        const u32 address = stage.codes + (t / 4 * 32 + lane) * CPL * 4;
         u32 packed[CPL];
         load_shared_words<CPL>(address, packed);
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
-            u32 column[4];
+            u32 column[4], low = 0;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int byte = __byte_perm(packed[k], 0, 0x4440 + i);
-                const int value = byte - previous[k] + (g || i ? columns.offset[k] : columns.first_offset[k]);
+                const int value = byte - previous[k] + (t || i ? columns.offset[k] : columns.first_offset[k]);
                 if (DELTA) previous[k] = byte;
                 column[i] = (u32)clamp_to(value >> columns.shift[k], ALPHABET - 1);
+                low |= ((u32)value & ((1u << width[k]) - 1)) << (i * width[k]);
             }
-            packed[k] = __byte_perm(__byte_perm(column[0], column[1], 0x0040), __byte_perm(column[2], column[3], 0x0040), 0x5410);
+            if (BOUNDED) packed[k] = __byte_perm(__byte_perm(column[0], column[1], 0x0040), __byte_perm(column[2], column[3], 0x0040), 0x5410);
+            const int bits = min(4, tokens - t) * width[k];
+            if (tokens - t < 4) low &= (1u << bits) - 1;
+            const u64 joined = (u64)low << filled[k];
+            pending[k] |= (u32)joined;
+            filled[k] += bits;
+            if (filled[k] >= 32) {
+                writer.word(at[k]++, pending[k]);
+                pending[k] = (u32)(joined >> 32);
+                filled[k] -= 32;
+            }
         }
-        store_shared_words<CPL>(address, packed);
+        if (BOUNDED) store_shared_words<CPL>(address, packed);
     }
+#pragma unroll
+    for (int k = 0; k < CPL; ++k)
+        if (filled[k]) writer.word(at[k], pending[k]);
     __syncwarp();
+    return writer.sum;
 }
 
 template <int CPL>
 __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, int channels, const Quantisers<CPL> &quantisers,
-                                            const Choice<CPL> &choice, const Gathered<CPL> &gathered, const Stage &stage, u32 tables, int lane) {
+                                            const Choice<CPL> &choice, const Gathered<CPL> &gathered, const Stage &stage, u32 tables, u8 *low_out,
+                                            int low_index, int lane) {
     const u32 below = lanes_before(), idle = tables + (IDLE_TABLE * ALPHABET + MIDDLE) * 8;
     const int groups = (tokens + 3) / 4;
     u32 entries[CPL];
@@ -106,9 +133,15 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
     Coded coded = {STATE_LOW, 0, gathered.any_exact};
     u32 before = FULL;  // differences: mask of the byte that is taken off
     const bool low = BOUNDED && __any_sync(FULL, most_shift);
+    u64 low_sum = 0;
+    if (BOUNDED ? gathered.fast && low : LOW_BITS && low_out)
+        low_sum = split_columns<CPL>(tokens, rows.count, columns, stage, low_out, low_index, lane);
+    if (low_out) {  // in memory: registers are dear in the loop below
+        store_shared(stage.small_at(LOW_SUM_AT + 2 * lane), (u32)low_sum);
+        store_shared(stage.small_at(LOW_SUM_AT + 2 * lane + 1), (u32)(low_sum >> 32));
+    }
     if (BOUNDED && (low || !gathered.fast)) {
-        if (gathered.fast) shift_columns<CPL>(groups, columns, stage, lane);
-        else coded.any_exact |= stage_columns<CPL>(rows, tokens, channels, quantisers, columns, stage, lane);
+        if (!gathered.fast) coded.any_exact |= stage_columns<CPL>(rows, tokens, channels, quantisers, columns, stage, lane);
         before = 0;
 #pragma unroll
         for (int k = 0; k < CPL; ++k) columns.offset[k] = columns.first_offset[k] = 0;

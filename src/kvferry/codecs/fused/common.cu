@@ -268,6 +268,35 @@ struct Rows {
             }
         }
     }
+    // The four rows of `ahead` that are next; then those of `t0` (behind the last token: not) go to its end. `p`: group of the rows before
+    // them, group(t0) from then on.
+    template <int AHEAD>
+    __device__ __forceinline__ void advance(u32 (&row)[4][PACKED], u32 (&ahead)[AHEAD][4][PACKED], const u8 *&p, int t0, int tokens) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < PACKED; ++j) {
+                row[i][j] = ahead[0][i][j];
+#pragma unroll
+                for (int a = 0; a + 1 < AHEAD; ++a) ahead[a][i][j] = ahead[a + 1][i][j];
+            }
+        if (t0 >= tokens) return;
+        if ((t0 & 7) == 0) p = group(t0);  // eight tokens share a page
+        else if (p) p += 4 * token_bytes;
+        load_rows(p, t0, tokens, ahead[AHEAD - 1]);
+    }
+    // The first rows, asked for before they are needed.
+    template <int AHEAD>
+    __device__ __forceinline__ void begin(u32 (&ahead)[AHEAD][4][PACKED], const u8 *&p, int tokens) const {
+        p = group(0);
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            if (a && 4 * a >= tokens) break;
+            if (a & 1) p = p ? p + 4 * token_bytes : p;
+            else if (a) p = group(4 * a);
+            load_rows(p, 4 * a, tokens, ahead[a]);
+        }
+    }
     // Row t alone.
     __device__ __forceinline__ void load_row(int t, u32 (&packed)[PACKED]) const {
         const u8 *p = group(t & ~3);

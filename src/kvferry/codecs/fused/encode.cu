@@ -113,23 +113,20 @@ __device__ __noinline__ void settle(const Pending pending, const u8 *scratch, in
         if (pending.gap < 0) {
             writer.sum = write_raw(tile.index, writer.out, lane);
         } else {
-            // All loads of a batch before its stores: one latency for 4 KiB.
-            const uint4 *words = (const uint4 *)scratch;
+            // All loads of a batch before its stores: one latency for 2 KiB. A lane's words lie apart: a place is a multiple of 4, and stores
+            // of more would not fill the sectors of memory that they touch.
+            const u32 *words = (const u32 *)scratch;
             u32 *out = (u32 *)writer.out;
             const int before = pending.planes_at / 4, gap = pending.gap / 4, count = pending.size / 4 - gap;
-            for (int first = 4 * lane; first < count; first += 4 * 32 * 8) {
-                uint4 batch[8];
+            for (int first = lane; first < count; first += 32 * 16) {
+                u32 batch[16];
 #pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    if (first + 128 * j < count) batch[j] = words[first / 4 + 32 * j];
+                for (int j = 0; j < 16; ++j)
+                    if (first + 32 * j < count) batch[j] = words[first + 32 * j];
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const u32 four[4] = {batch[j].x, batch[j].y, batch[j].z, batch[j].w};
-#pragma unroll
-                    for (int q = 0; q < 4; ++q) {
-                        const int i = first + 128 * j + q;
-                        if (i < count) out[PLANES && i >= before ? i + gap : i] = four[q];
-                    }
+                for (int j = 0; j < 16; ++j) {
+                    const int i = first + 32 * j;
+                    if (i < count) out[PLANES && i >= before ? i + gap : i] = batch[j];
                 }
             }
             if constexpr (PLANES > 0) writer.sum += planes_of(tile, writer.out, pending.planes_at, lane);
@@ -158,8 +155,9 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         Quantisers<CPL> quantisers = {};
         const Quantiser(&quantiser)[CPL] = quantisers.each;
         // The first rows are asked for before anything waits for others.
-        u32 ahead[4][Rows<CPL>::PACKED];
-        rows.load_rows(rows.group(0), 0, tokens, ahead);
+        u32 ahead[AHEAD][4][Rows<CPL>::PACKED];
+        const u8 *at;
+        rows.begin(ahead, at, tokens);
         float most_bound = 0.0f;
         if constexpr (BOUNDED) {
             make_quantisers<CPL>(s, tile, rows, bounds, looser_at(level_of_round() & (FINAL - 1)), quantisers.each, lane);
@@ -176,7 +174,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         __syncwarp();
         Gathered<CPL> gathered;
         Choice<CPL> choice;
-        gather<CPL>(s, tile, rows, ahead, quantisers, radius, stage, lane, gathered, choice);
+        gather<CPL>(s, tile, rows, ahead, at, quantisers, radius, stage, lane, gathered, choice);
         if (BOUNDED && !gathered.fast) {
             __syncwarp();
             for (int i = lane; i < EXACT_WORDS; i += 32) store_shared(stage.exact_at(i), 0);
@@ -202,9 +200,19 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         int num_words = 0, num_exact = 0;
         u32 state = 0;
         const bool hopeless = layout.words_at >= raw_size;
+        // Low bits go to the scratch while the bytes that they are in are at hand. What lies there goes to its place before.
+        const int gap = layout.steps_at - layout.planes_at;
+        bool low_written = false;
         if (!hopeless) {
 #if KVF_PACKING == 1
-            const Coded coded = encode_ans<CPL>(rows, tokens, channels, quantisers, choice, gathered, stage, tables, lane);
+            low_written = gathered.fast && layout.low_words && layout.words_at - gap <= SCRATCH_BYTES;
+            if (low_written && pending.tile >= 0) {
+                settle(pending, scratch, lane);
+                pending.tile = -1;
+                __syncwarp();
+            }
+            const Coded coded = encode_ans<CPL>(rows, tokens, channels, quantisers, choice, gathered, stage, tables,
+                                                low_written ? scratch - gap : nullptr, layout.low_at / 4 + layout.low_before[0], lane);
             num_words = coded.num_words;
             state = coded.state;
             any_exact = coded.any_exact;
@@ -240,7 +248,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         next_phase();
         if (pending.tile >= 0) settle(pending, scratch, lane);
         __syncwarp();
-        pending = {tile.index, size, layout.planes_at, raw ? -1 : layout.steps_at - layout.planes_at, 0};
+        pending = {tile.index, size, layout.planes_at, raw ? -1 : gap, 0};
         if (RETRY && lane == 0) the_pending_level[threadIdx.x >> 5] = the_round.level;
         if (RETRY) __syncwarp();
         if (raw) return;
@@ -277,6 +285,8 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
 #pragma unroll 4
                 for (int i = lane; i < layout.low_words; i += 32)
                     behind.word(layout.low_at / 4 + i, load_shared(stage.codes + (i < first_words ? 4 * i : 8 * 128 * CPL + 4 * (i - first_words))));
+            } else if (ANS && low_written && !at_once) {
+                behind.sum += load_shared(stage.small_at(LOW_SUM_AT + 2 * lane)) | (u64)load_shared(stage.small_at(LOW_SUM_AT + 2 * lane + 1)) << 32;
             } else {
                 behind.sum += write_streams<CPL>(tile.index, quantisers, stage, layout.low_at, behind.out, lane);
             }

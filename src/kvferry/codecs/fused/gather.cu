@@ -9,8 +9,9 @@ constexpr int ORIGIN = LOSSLESS ? (int)(EXPONENT_MASK << LOW_BITS) : 0;
 
 // Shared memory of a warp.
 constexpr int CODE_BYTES = TILE_TOKENS * 128, EXACT_WORDS = TILE_TOKENS * 128 / 32;
-// `small`: the list of repairs, then classes and behind them bases of all groups; ORIGINS_AT: what the bytes of each channel are counted from.
-constexpr int BASES_AT = 128 * NUM_GROUPS, ORIGINS_AT = 2 * BASES_AT, SMALL_WORDS = ORIGINS_AT + 128;
+// `small`: the list of repairs, then classes and behind them bases of all groups; ORIGINS_AT: what the bytes of each channel are counted from; that
+// done with, LOW_SUM_AT: the checksum of what low bits each lane wrote.
+constexpr int BASES_AT = 128 * NUM_GROUPS, ORIGINS_AT = 2 * BASES_AT, LOW_SUM_AT = ORIGINS_AT, SMALL_WORDS = ORIGINS_AT + 128;
 constexpr int STAGE_BYTES = CODE_BYTES + 4 * EXACT_WORDS + 4 * SMALL_WORDS;
 
 struct Stage {
@@ -47,6 +48,9 @@ struct Gathered {
     int origin[CPL];  // code = byte + origin
     bool fast, any_exact;
 };
+
+// How many times four rows are on their way. Where there is little to do with them, their latency shows; the quantiser has no registers for more.
+constexpr int AHEAD = LOSSLESS ? 2 : 1;
 
 // Rows with values whose nearest code may miss the bound are listed, and looked at after the rest: few, but each waits for memory.
 constexpr int REPAIRS = ORIGINS_AT - 1;  // small[REPAIRS] counts them; an entry is token << 8 | lane
@@ -188,8 +192,8 @@ __device__ __forceinline__ void summarise(int tokens, const int *radius, const S
 }
 
 template <int CPL>
-__device__ __forceinline__ void gather(const Source &s, const Tile &tile, const Rows<CPL> &rows, u32 (&ahead)[4][Rows<CPL>::PACKED], const Quantisers<CPL> &quantisers, const int *radius,
-                                       const Stage &stage, int lane, Gathered<CPL> &gathered, Choice<CPL> &choice) {
+__device__ __forceinline__ void gather(const Source &s, const Tile &tile, const Rows<CPL> &rows, u32 (&ahead)[AHEAD][4][Rows<CPL>::PACKED], const u8 *p,
+                                       const Quantisers<CPL> &quantisers, const int *radius, const Stage &stage, int lane, Gathered<CPL> &gathered, Choice<CPL> &choice) {
     constexpr int PACKED = Rows<CPL>::PACKED;
     const int tokens = tile.tokens;
     const Quantiser(&quantiser)[CPL] = quantisers.each;
@@ -198,13 +202,12 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     // In shared memory: what is taken off a rounded float's bits to get its byte. In registers, the compiler makes it anew in every round.
     const u32 offsets = stage.small_at(ORIGINS_AT + lane * CPL);
     u32 sum[CPL], squares[CPL];
-    const u8 *p = rows.group(0);
 #pragma unroll
     for (int k = 0; k < CPL; ++k) {
         gathered.origin[k] = -ORIGIN;
         sum[k] = squares[k] = 0;
         if constexpr (BOUNDED) {
-            const float scaled = __fmul_rn(Rows<CPL>::number(ahead[0], k), quantiser[k].inverse);
+            const float scaled = __fmul_rn(Rows<CPL>::number(ahead[0][0], k), quantiser[k].inverse);
             gathered.fast &= fabsf(scaled) < 2097152.0f;
             const int bits = __float_as_int(scaled + ROUNDER);
             gathered.origin[k] = bits - ROUNDER_BITS - 128;
@@ -216,19 +219,11 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     constexpr bool HALVES = KVF_ITEM == 2 && KVF_EXPONENT == 5;
     const float limit = HALVES && quantiser[0].bound <= 0.5f ? __uint_as_float(__float_as_uint(quantiser[0].bound) + 1) : quantiser[0].bound;
     u32 beyond = 0, least_key = FULL;  // beyond: above 255 where some code does not fit its byte
-    // Four rows at a time, the next four on their way. Behind the last token its row is taken again, which does no harm but in sums.
+    // Four rows at a time, the next ones on their way. Behind the last token its row is taken again, which does no harm but in sums.
 #pragma unroll 1
     for (int t0 = 0; t0 < tokens; t0 += 4) {
         u32 row[4][PACKED], packed[CPL];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int j = 0; j < PACKED; ++j) row[i][j] = ahead[i][j];
-        if (t0 + 4 < tokens) {
-            if (t0 & 4) p = rows.group(t0 + 4);  // eight tokens share a page
-            else if (p) p += 4 * rows.token_bytes;
-            rows.load_rows(p, t0 + 4, tokens, ahead);
-        }
+        rows.advance(row, ahead, p, t0 + 4 * AHEAD, tokens);
         if constexpr (BOUNDED) {
             u32 byte[4][CPL], offset[CPL], missed = 0;  // missed, bit i: a value of token t0+i may miss the bound
             float worst[4];

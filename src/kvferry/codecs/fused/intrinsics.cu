@@ -34,6 +34,14 @@ __device__ __forceinline__ u32 load_shared_u8(u32 address) {
     return v;
 }
 __device__ __forceinline__ void store_shared_u8(u32 address, u32 v) { asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
+__device__ __forceinline__ u32 load_shared_u16(u32 address) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+    return v;
+}
+__device__ __forceinline__ void store_shared_u16(u32 address, u32 v) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"((u16)v) : "memory");
+}
 // CPL words of a lane, at an address that is a multiple of 4*CPL (of 4 where CPL is 1 or 3).
 template <int CPL>
 __device__ __forceinline__ void load_shared_words(u32 address, u32 (&v)[CPL]) {
@@ -65,13 +73,14 @@ __device__ __forceinline__ uint2 table_words(u32 address) {
     return v;
 }
 
-// WIDTH bytes (2, 4, 8 or 16; anything else does nothing) of global memory, said to be that: the compiler cannot tell from a table of addresses.
+// WIDTH bytes (2, 4, 8 or 16; anything else does nothing) of global memory, said to be that: the compiler cannot tell from a table of addresses. They
+// are read once, and would drive what registers have no room for out of the first-level cache.
 template <int WIDTH, int COUNT>
 __device__ __forceinline__ void load_global(const u8 *p, u32 (&packed)[COUNT]) {
-    if constexpr (WIDTH == 16) asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(packed[0]), "=r"(packed[1]), "=r"(packed[2]), "=r"(packed[3]) : "l"(p));
-    else if constexpr (WIDTH == 8) asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(packed[0]), "=r"(packed[1]) : "l"(p));
-    else if constexpr (WIDTH == 4) asm volatile("ld.global.u32 %0, [%1];" : "=r"(packed[0]) : "l"(p));
-    else if constexpr (WIDTH == 2) asm volatile("ld.global.u16 %0, [%1];" : "=r"(packed[0]) : "l"(p));
+    if constexpr (WIDTH == 16) asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(packed[0]), "=r"(packed[1]), "=r"(packed[2]), "=r"(packed[3]) : "l"(p));
+    else if constexpr (WIDTH == 8) asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(packed[0]), "=r"(packed[1]) : "l"(p));
+    else if constexpr (WIDTH == 4) asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(packed[0]) : "l"(p));
+    else if constexpr (WIDTH == 2) asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=r"(packed[0]) : "l"(p));
 }
 template <int WIDTH, int COUNT>
 __device__ __forceinline__ void store_global(u8 *p, const u32 (&packed)[COUNT]) {
@@ -97,6 +106,8 @@ __device__ __forceinline__ u32 peek(const u32 *p) {
     return v;
 }
 __device__ __forceinline__ void poke(u32 *p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+// The same, to be seen only after what this thread wrote before. (A fence would empty the first-level cache too.)
+__device__ __forceinline__ void poke_behind(u32 *p, u32 v) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 
 // ---- numbers ----
 

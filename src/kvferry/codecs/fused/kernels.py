@@ -77,7 +77,7 @@ class Case:
         if kernel == DECODE:
             parts = ["intrinsics", "common", "decode"]
         else:
-            parts = ["intrinsics", "common", "quantise", "choose", "gather"]
+            parts = ["intrinsics", "common", "quantise", "choose", "gather", "writer"]
             parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode", "place", "fit", "write", "encode"]
         folder = files(__package__)
         return "".join(folder.joinpath(f"{part}.cu").read_text() for part in parts)

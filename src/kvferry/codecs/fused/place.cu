@@ -51,11 +51,14 @@ constexpr u32 SIZE_KNOWN = 1, PLACE_KNOWN = 2;  // status: words << 2 | one of t
 
 // A tile's bound goes before its size: whoever has seen the sizes of a chunk has seen the bounds.
 __device__ __forceinline__ void publish(const Sink &sink, const Tile &tile, float bound, int size, int lane) {
-    if (BOUNDED && lane == 0 && !the_bounds.uniform()) {
+    if (lane) return;
+    const u32 status = (u32)size / 4 << 2 | (tile.local ? SIZE_KNOWN : PLACE_KNOWN);
+    if (BOUNDED && !the_bounds.uniform()) {
         atomicMax(&sink.chunk(tile.chunk).bound, __float_as_uint(bound));
-        __threadfence();
+        poke_behind(sink.status(tile.index), status);
+    } else {
+        poke(sink.status(tile.index), status);
     }
-    if (lane == 0) poke(sink.status(tile.index), (u32)size / 4 << 2 | (tile.local ? SIZE_KNOWN : PLACE_KNOWN));
 }
 
 // Words of the chunk before a tile whose size is published.

@@ -1,37 +1,4 @@
-// The bytes of a tile's sections, with their checksum. Behind place.cu.
-
-// The tile's bytes and their checksum, which is linear: a lane adds up what it writes.
-struct Writer {
-    u8 *out;
-    u64 sum;
-    __device__ __forceinline__ void word(int index, u32 v) {
-        ((u32 *)out)[index] = v;
-        sum += hash_term(v, index);
-    }
-    template <typename Part>
-    __device__ __forceinline__ void part(int at, Part v) {
-        *(Part *)(out + at) = v;
-        sum += hash_term((u32)v << (8 * (at & 3)), at >> 2);
-    }
-    // Zeros up to the next multiple of 4.
-    __device__ __forceinline__ void pad(int at, int lane) {
-        if (lane < (-at & 3)) out[at + lane] = 0;
-    }
-    // `count` values in shared memory, as distances from the least, `EACH` to a word.
-    template <int EACH>
-    __device__ __forceinline__ void packed(int at, u32 staged, u32 least, int count, int lane) {
-        for (int i = lane; i * EACH < count; i += 32) {
-            u32 v = 0;
-#pragma unroll
-            for (int j = 0; j < EACH; ++j) {
-                const u32 distance = load_shared(staged + 4 * (i * EACH + j)) - least;  // behind the last: of something else
-                if (i * EACH + j < count) v |= distance << (j * (32 / EACH));
-            }
-            word(at / 4 + i, v);
-        }
-    }
-    __device__ __forceinline__ void small(int at, u32 staged, u32 least, int count, int code, int lane);
-};
+// The bytes of a tile's sections. Behind place.cu.
 
 __device__ __noinline__ u64 write_small(u8 *out, int at, u32 staged, u32 least, int count, int code, int lane) {
     Writer writer = {out, 0};
@@ -89,16 +56,14 @@ __device__ __noinline__ u64 write_planes(int index, u8 *out, int planes_at, int 
     const Rows<CPL> rows(s, tile, lane);
     const int tokens = tile.tokens, channels = tile.channels, plane_bytes = tokens * channels;
     if (CPL == 4 && channels % 4 == 0) {  // a lane's four bytes are a word
-        u32 ahead[4][Rows<CPL>::PACKED];
-        rows.load_rows(rows.group(0), 0, tokens, ahead);
+        constexpr int PLANES_AHEAD = Rows<CPL>::PACKED > 2 ? 1 : 3;
+        u32 ahead[PLANES_AHEAD][4][Rows<CPL>::PACKED];
+        const u8 *p;
+        rows.begin(ahead, p, tokens);
 #pragma unroll 1
         for (int t0 = 0; t0 < tokens; t0 += 4) {
             u32 row[4][Rows<CPL>::PACKED];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-#pragma unroll
-                for (int j = 0; j < Rows<CPL>::PACKED; ++j) row[i][j] = ahead[i][j];
-            if (t0 + 4 < tokens) rows.load_rows(rows.group(t0 + 4), t0 + 4, tokens, ahead);
+            rows.advance(row, ahead, p, t0 + 4 * PLANES_AHEAD, tokens);
             if (!rows.count) continue;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -227,24 +192,29 @@ __device__ __noinline__ u64 write_exact(int index, const Stage stage, int positi
     const Source &s = the_source;
     const Tile tile(s, index);
     Writer writer = {out, 0};
-    constexpr int EACH = EXACT_WORDS / 32;
-    u32 bits[EACH];
+    // First a list of positions (the bytes are done with), then a value a lane: their latencies overlap.
+    constexpr int EACH = EXACT_WORDS / 32, MOST = CODE_BYTES / 2;
     int mine = 0, total;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        bits[i] = stage.exact[lane * EACH + i];
-        mine += __popc(bits[i]);
-    }
-    int at = exclusive_sum(mine, lane, total);
-#pragma unroll
-    for (int i = 0; i < EACH; ++i)
-        for (u32 left = bits[i]; left; left &= left - 1) {
-            const int position = (lane * EACH + i) * 32 + __ffs(left) - 1;
+    for (int i = 0; i < EACH; ++i) mine += __popc(stage.exact[lane * EACH + i]);
+    const int before = exclusive_sum(mine, lane, total);
+#pragma unroll 1
+    for (int first = 0; first < num_exact; first += MOST) {
+        __syncwarp();
+        int at = before - first;
+#pragma unroll 1
+        for (int i = 0; i < EACH; ++i)
+#pragma unroll 1
+            for (u32 left = stage.exact[lane * EACH + i]; left; left &= left - 1, ++at)
+                if (at >= 0 && at < MOST) store_shared_u16(stage.codes + 2 * at, (lane * EACH + i) * 32 + __ffs(left) - 1);
+        __syncwarp();
+#pragma unroll 1
+        for (int i = lane; i < min(MOST, num_exact - first); i += 32) {
+            const int position = (int)load_shared_u16(stage.codes + 2 * i);
             const word_t *p = tile.value(s, position);
-            writer.part<u16>(positions_at + 2 * at, (u16)position);
-            writer.part<word_t>(exact_at + KVF_ITEM * at, p ? *p : (word_t)0);
-            ++at;
+            writer.part<u16>(positions_at + 2 * (first + i), (u16)position);
+            writer.part<word_t>(exact_at + KVF_ITEM * (first + i), p ? *p : (word_t)0);
         }
+    }
     writer.pad(positions_at + 2 * num_exact, lane);
     writer.pad(exact_at + KVF_ITEM * num_exact, lane);
     return writer.sum;
