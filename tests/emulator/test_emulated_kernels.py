@@ -14,7 +14,7 @@ from contract.cases import bits_of, case_id
 from contract.profiles import make_profile
 from contract.slot_cases import TABLE, Engine, identities_of, noise, take_apart
 from kvferry import Bounded, Codec, Lossless, PagedKV, Raw, SlotCodec, Transform
-from kvferry.codecs.fused import frames
+from kvferry.codecs.fused import frames, kernels
 from kvferry.codecs.fused import slots as fused
 from kvferry.codecs.fused import transform as fused_transform
 from kvferry.codecs.slots import raw_slot_bytes, slot_bytes_for
@@ -61,6 +61,7 @@ CASES: list[tuple[Codec, torch.dtype, str, int, int]] = [
     (Lossless("bitpack"), BF16, "strided", 16, 40),
     (Lossless("ans"), FP32, "kv_first", 16, 24),
     (Lossless("ans"), FP8, "mla", 16, 72),
+    (Lossless("ans"), FP16, "kv_second", 16, 64),
     (Raw(), torch.uint8, "heads_first", 16, 40),
 ]
 
@@ -100,6 +101,20 @@ class TestSlots:
         statuses = decode(slot_codec, slots, TABLE)
         assert statuses == [SlotStatus.NO_SLOT, SlotStatus.CORRUPT, SlotStatus.NO_SLOT]
         assert statuses == slot_cases.decode(slot_codec, "cpu", slots, TABLE)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "plain"])
+@pytest.mark.parametrize("reach", [20, 62])
+def test_tiles_with_low_bits(mode: str, reach: int) -> None:
+    """What fits the scratch, and what goes to its place at once."""
+    engine = Engine("heads_first", BF16, layers=1, page_tokens=16, head_dim=128)
+    codes = reach * (2 * torch.randint(2, engine.shape, generator=torch.Generator().manual_seed(4)) - 1)
+    slot_codec = SlotCodec(
+        engine.write(codes.to(BF16)).kv, Bounded(0.5, False, mode=mode), 5, raw_slot_bytes(engine.kv, 5)
+    )
+    expected, found = slot_cases.encode(slot_codec, "cpu", TABLE), encode(slot_codec, TABLE)
+    assert used(found) == used(expected)
+    assert any(len(tile) > kernels.SCRATCH_BYTES for tile in take_apart(found[0]).tiles) == (reach > 20)
 
 
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 40.0])
