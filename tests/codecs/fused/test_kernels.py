@@ -107,8 +107,8 @@ def test_a_warp_has_the_shared_memory_that_its_stage_takes(packing: str) -> None
         ("quantise.cu", "Bounds", kernels.Bounds),
         ("place.cu", "Ladder", kernels.Ladder),
         ("place.cu", "Sink", kernels.Sink),
-        ("decode.cu", "Input", kernels.Input),
-        ("transform.cu", "Job", transform.Job),
+        ("read.cu", "Input", kernels.Input),
+        ("transform_items.cu", "Job", transform.Job),
     ],
 )
 def test_structures_have_the_same_fields(file: str, name: str, structure: type[ctypes.Structure]) -> None:

@@ -75,7 +75,7 @@ class Case:
     def source(self, kernel: str) -> str:
         """CUDA C++ of `kernel`."""
         if kernel == DECODE:
-            parts = ["intrinsics", "common", "decode"]
+            parts = ["intrinsics", "common", "read", "decode_rows", "decode"]
         else:
             parts = ["intrinsics", "common", "quantise", "choose", "gather", "writer"]
             parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode", "place", "fit", "write", "encode"]
@@ -180,7 +180,7 @@ class Bounds(ctypes.Structure):
 
 
 class Input(ctypes.Structure):
-    """`Input` of decode.cu."""
+    """`Input` of read.cu."""
 
     _fields_ = (
         ("slots", ctypes.c_void_p),

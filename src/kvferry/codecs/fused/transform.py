@@ -55,11 +55,11 @@ class TransformCase:
 def source() -> str:
     """CUDA C++ of the kernel."""
     folder = files(__package__)
-    return "".join(folder.joinpath(f"{part}.cu").read_text() for part in ("intrinsics", "transform"))
+    return "".join(folder.joinpath(f"{part}.cu").read_text() for part in ("intrinsics", "transform_items", "transform"))
 
 
 class Job(ctypes.Structure):
-    """`Job` of transform.cu."""
+    """`Job` of transform_items.cu."""
 
     _fields_ = (
         ("lines", ctypes.c_void_p),

@@ -1,0 +1,205 @@
+// From a tile's sections to its values, four tokens at a time. Behind read.cu.
+
+// Everything about a tile's groups that decoding needs.
+template <int CPL>
+struct Groups {
+    int klass[NUM_BLOCKS][CPL], base[NUM_BLOCKS][CPL], low[NUM_BLOCKS][CPL];  // low: first word of the stream
+    float step[CPL];
+    u32 apart;
+
+    __device__ __forceinline__ int width(int b, int k) const {
+        if constexpr (!ANS) return klass[b][k];
+        int table, shift;
+        table_and_shift(klass[b][k], table, shift);
+        return shift;
+    }
+};
+
+struct Sections {
+    int planes_at, low_at, low_words, words_at, num_words, positions_at, exact_at, num_exact;
+};
+
+// `width` bits of a dense stream from bit `bit` on; a stream's last word is read only where it is needed.
+template <bool SHARED>
+__device__ __forceinline__ u32 stream_bits(u32 shared, const u32 *memory, int first, int bit, int width) {
+    const int word = first + (bit >> 5), from = bit & 31;
+    const u32 low = SHARED ? load_shared(shared + 4 * word) : memory[word];
+    u32 high = 0;
+    if (from + width > 32) high = SHARED ? load_shared(shared + 4 * word + 4) : memory[word + 1];
+    const u32 bits = __funnelshift_r(low, high, from);
+    return width == 32 ? bits : bits & ((1u << width) - 1);
+}
+
+// Added to bases, so that a code is a float's bits as it is summed up (see `whole`).
+constexpr int WHOLE = BOUNDED && !DELTA ? ROUNDER_BITS : 0;
+
+// The tokens of a tile, in order, four at a time. Returns whether the lane ended as it must. `has_low` (ans): some channel has raw low bits.
+// STAGED (bitpack): the groups lie in shared memory.
+template <int CPL, bool STAGED>
+__device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &tile, const u8 *in, const Sections &at, const Groups<CPL> &groups,
+                                            u32 state, bool has_low, u32 tables, u32 stage, int lane) {
+    constexpr int PACKED = Rows<CPL>::PACKED;
+    const u32 below = lanes_before();
+    const int tokens = tile.tokens, channels = tile.channels;
+    const u32 *low = (const u32 *)(in + at.low_at);
+    u32 words = stage;  // address of the next rANS word
+    int passed = 0;     // words before the window
+    int code[CPL], add[CPL], shift[CPL];
+    u32 slots[CPL];
+    const u32 idle = tables + IDLE_TABLE * PROB_SCALE * 4;
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) {
+        int table;
+        table_and_shift(groups.klass[0][k], table, shift[k]);
+        if (k >= rows.count) {
+            table = IDLE_TABLE;
+            shift[k] = 0;
+        }
+        slots[k] = tables + table * PROB_SCALE * 4;
+        code[k] = 0;
+        add[k] = groups.base[0][k] + WHOLE;
+    }
+    // Bytes of planes run a group of four tokens ahead.
+    const bool plane_words = CPL == 4 && channels % 4 == 0;
+    u32 planes[PLANES + 1][4];
+    const auto load_planes = [&](int t0) {
+#pragma unroll
+        for (int p = 0; p < PLANES; ++p)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                planes[p][i] = 0;
+                if (t0 + i >= tokens) continue;
+                const u8 *bytes = in + at.planes_at + (p * tokens + t0 + i) * channels + lane * CPL;
+                if (plane_words) {
+                    if (rows.count) planes[p][i] = *(const u32 *)bytes;
+                } else {
+#pragma unroll
+                    for (int k = 0; k < CPL; ++k)
+                        if (k < rows.count) planes[p][i] |= (u32)bytes[k] << (8 * k);
+                }
+            }
+    };
+    load_planes(0);
+#pragma unroll 1
+    for (int t0 = 0; t0 < tokens; t0 += 4) {
+        int value[4][CPL];
+        if constexpr (ANS) {
+            // Four tokens take at most 2 * CPL * 32 words.
+            if (words - stage > 4 * STAGE_WORDS - 4 * CPL * 32 && at.num_words - passed > 2 * STAGE_WORDS) {
+                passed += (int)(words - stage) / 2 & ~1;
+                const u32 offset = (words - stage) & 2;
+                const u32 *more = (const u32 *)(in + at.words_at) + passed / 2;
+                const int count = min(STAGE_WORDS, (at.num_words - passed + 1) / 2);
+                __syncwarp();
+                for (int i = lane; i < count; i += 32) store_shared(stage + 4 * i, more[i]);
+                __syncwarp();
+                words = stage + offset;
+            }
+            const auto decode_symbols = [&](bool tail) {
+#pragma unroll
+                for (int pair = 0; pair < 2 * CPL; ++pair) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int step = 2 * pair + half, i = step / CPL, k = step % CPL;
+                        // {frequency (16 bits), slot - cum (8), symbol (8, signed)}. The low byte by a permutation: as a mask it costs one more.
+                        const u32 slot = table_word((tail && i && t0 + i >= tokens ? idle : slots[k]) + 4 * __byte_perm(state, 0, 0x4440));
+                        state = (slot & 0xffff) * (state >> PROB_BITS) + __byte_perm(slot, 0, 0x4442);
+                        value[i][k] = (int)slot >> 24;
+                    }
+                    take_word(state, words, below);
+                }
+            };
+            // Behind the last token nothing is coded. Twice the code: choosing in every step costs more, and the other is hardly ever there.
+            if (t0 + 4 > tokens) decode_symbols(true);
+            else decode_symbols(false);
+            if (LOW_BITS || (BOUNDED && has_low)) {
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    const int width = shift[k];
+                    if (width == 0) continue;
+                    if (width <= 8) {  // of four tokens at once
+                        const u32 four = stream_bits<false>(0, low, groups.low[0][k], t0 * width, min(4, tokens - t0) * width), mask = (1u << width) - 1;
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            value[i][k] = value[i][k] * (1 << width) + (int)(four >> (i * width) & mask) - (BOUNDED ? (1 << width) >> 1 : 0);
+                        continue;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (t0 + i < tokens)
+                            value[i][k] = value[i][k] * (1 << width) + (int)stream_bits<false>(0, low, groups.low[0][k], (t0 + i) * width, width) -
+                                          (BOUNDED ? (1 << width) >> 1 : 0);
+                }
+            }
+        } else {
+            const int b = t0 >> 5;
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+                const int width = b ? groups.klass[NUM_BLOCKS - 1][k] : groups.klass[0][k], first = b ? groups.low[NUM_BLOCKS - 1][k] : groups.low[0][k];
+                if ((t0 & 31) == 0) {
+                    add[k] = (b ? groups.base[NUM_BLOCKS - 1][k] : groups.base[0][k]) + WHOLE;
+                    code[k] = 0;
+                }
+                u32 four[4] = {};
+                if (STAGED) {  // four values of at most 8 bits lie in two words
+                    const int bit = (t0 & 31) * width;
+                    const u32 address = stage + 4 * (first + (bit >> 5));
+                    const u32 bits = __funnelshift_r(load_shared(address), load_shared(address + 4), bit & 31), mask = (1u << width) - 1;
+                    four[0] = bits & mask;
+                    four[1] = bits >> width & mask;
+                    four[2] = bits >> (2 * width) & mask;
+                    four[3] = bits >> (3 * width) & mask;
+                } else if (width && k < rows.count) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (t0 + i < tokens) four[i] = stream_bits<false>(0, low, first, ((t0 & 31) + i) * width, width);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) value[i][k] = DELTA ? (int)(four[i] >> 1) ^ -(int)(four[i] & 1) : (int)four[i];
+            }
+        }
+        u32 plane[PLANES + 1][4];
+#pragma unroll
+        for (int p = 0; p < PLANES; ++p)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) plane[p][i] = planes[p][i];
+        if (PLANES && t0 + 4 < tokens) load_planes(t0 + 4);
+        u32 out[4][PACKED];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32(&packed)[PACKED] = out[i];
+#pragma unroll
+            for (int j = 0; j < PACKED; ++j) packed[j] = 0;
+            if constexpr (BOUNDED) {
+                float f[CPL];
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    code[k] = value[i][k] + add[k] + (DELTA ? code[k] : 0);
+                    if (DELTA) add[k] = 0;  // the base was the first difference's
+                    f[k] = __fmul_rn(WHOLE ? __int_as_float(code[k]) - ROUNDER : whole(code[k]), groups.step[k]);
+                }
+#if KVF_ITEM == 2
+                if constexpr (CPL % 2 == 0) {
+#pragma unroll
+                    for (int k = 0; k < CPL; k += 2) packed[k / 2] = as_word_pair(f[k], f[k + 1]);
+                } else
+#endif
+                {
+#pragma unroll
+                    for (int k = 0; k < CPL; ++k) packed[k * KVF_ITEM / 4] |= as_word(f[k]) << (8 * (k * KVF_ITEM % 4));
+                }
+            } else {
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    u32 bytes = 0;
+#pragma unroll
+                    for (int p = 0; p < PLANES; ++p) bytes |= (plane[p][i] >> (8 * k) & 255) << (8 * p);
+                    const int v = ANS ? value[i][k] + add[k] * (1 << LOW_BITS) : value[i][k] + add[k];
+                    packed[k * KVF_ITEM / 4] |= join(v, bytes) << (8 * (k * KVF_ITEM % 4));
+                }
+            }
+        }
+        rows.store_rows(t0, tokens, out);
+    }
+    return !ANS || (state == STATE_LOW && (int)(words - stage) + 2 * passed == 2 * at.num_words);
+}
