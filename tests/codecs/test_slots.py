@@ -7,6 +7,7 @@ import torch
 from contract import slot_cases
 from contract.cases import bits_of, case_id
 from contract.slot_cases import (
+    FAR,
     LAYOUTS,
     PLACES,
     TABLE,
@@ -15,6 +16,7 @@ from contract.slot_cases import (
     assert_kept,
     chunk_rows,
     device_of,
+    far_from_zero,
     frame_tiles,
     noise,
     poison_of,
@@ -103,6 +105,26 @@ def test_layouts_and_pages(layout: str, page_tokens: int, place: str) -> None:
         assert list(take_apart(slots[0][0]).tiles) == frame_tiles(rows, codec)
         last = TABLE[2, [0, 2]]  # decoded last; its first page is there twice
         assert_kept(chunk_rows(values, last), chunk_rows(fresh.read(), last), *absolute_codec(codec, slots[1]))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize(
+    "codec", [each for each in CODECS if isinstance(each, Bounded) and not each.relative], ids=case_id
+)
+def test_channels_far_from_zero(codec: Codec, far: float, place: str) -> None:
+    engine, plain = (Engine("heads_first", torch.float32, device=where) for where in (device_of(place), "cpu"))
+    values = far_from_zero(engine.shape, far)
+    slots = []
+    for one, where in ((engine, place), (plain, "cpu")):
+        slot_codec = SlotCodec(one.write(values).kv, codec, 5, raw_slot_bytes(one.kv, 5))
+        slots.append(slot_cases.encode(slot_codec, where, TABLE))
+    assert [take_apart(s).used for s in slots[0]] == [take_apart(s).used for s in slots[1]]
+    fresh = Engine("heads_first", torch.float32, device=device_of(place))
+    assert slot_cases.decode(SlotCodec(fresh.kv, codec, 5, slot_codec.slot_bytes), place, slots[1][:1], TABLE[:1]) == [
+        0
+    ]
+    assert_kept(chunk_rows(values, TABLE[0]), chunk_rows(fresh.read(), TABLE[0]), *absolute_codec(codec, slots[1]))
 
 
 @pytest.mark.parametrize("place", PLACES)

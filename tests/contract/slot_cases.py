@@ -175,6 +175,17 @@ def decode(
     return list(status.tolist())
 
 
+FAR = (300.0, 15000.0, 1e6)
+
+
+def far_from_zero(shape: tuple[int, ...], far: float) -> Tensor:
+    """float32 integers: noise around -`far`, 0 or `far`, by channel. In differences the first one counts, so that its
+    channel has classes with many low bits, and little that varies."""
+    generator = torch.Generator().manual_seed(5)
+    centres = far * (torch.randint(3, (shape[0], 1, 1, shape[-1]), generator=generator) - 1)
+    return centres + (30 * torch.randn(shape, generator=generator)).round()
+
+
 def device_of(place: str) -> str:
     return place.partition("-")[0]
 

@@ -117,6 +117,20 @@ def test_tiles_with_low_bits(mode: str, reach: int) -> None:
     assert any(len(tile) > kernels.SCRATCH_BYTES for tile in take_apart(found[0]).tiles) == (reach > 20)
 
 
+@pytest.mark.parametrize("far", slot_cases.FAR)
+@pytest.mark.parametrize("mode", ["fixed", "plain", "outlier"])
+def test_channels_far_from_zero(mode: str, far: float) -> None:
+    engine = Engine("heads_first", FP32, layers=1, page_tokens=16, head_dim=24)
+    codes = slot_cases.far_from_zero(engine.shape, far)
+    slot_codec = SlotCodec(engine.write(codes).kv, Bounded(0.5, False, mode=mode), 5, raw_slot_bytes(engine.kv, 5))
+    expected, found = slot_cases.encode(slot_codec, "cpu", TABLE), encode(slot_codec, TABLE)
+    assert used(found) == used(expected)
+    back, wanted = (Engine("heads_first", FP32, layers=1, page_tokens=16, head_dim=24) for _ in range(2))
+    assert decode(SlotCodec(back.kv, slot_codec.codec, 5, slot_codec.slot_bytes), expected[:2], TABLE[:2]) == [0, 0]
+    slot_cases.decode(SlotCodec(wanted.kv, slot_codec.codec, 5, slot_codec.slot_bytes), "cpu", expected[:2], TABLE[:2])
+    assert torch.equal(back.read(), wanted.read())
+
+
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 40.0])
 @pytest.mark.parametrize("packing", ["ans", "bitpack"])
 def test_chunks_that_overflow_at_once(packing: str, ratio: float) -> None:

@@ -31,7 +31,7 @@ def values(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
     """bfloat16 of some kind and scale, perhaps with some that are stored in their own bits."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     x = torch.randn(shape, generator=generator)
-    kind = draw(st.sampled_from(["normal", "heavy", "smooth", "integers", "constant", "apart"]))
+    kind = draw(st.sampled_from(["normal", "heavy", "smooth", "integers", "constant", "apart", "far"]))
     if kind == "heavy":
         x = x.sign() * x.abs() ** 3
     elif kind == "smooth":
@@ -42,6 +42,8 @@ def values(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor:
         x = torch.full(shape, draw(st.sampled_from([0.0, -1.5])))
     elif kind == "apart":
         x = x + 8 * torch.randn(shape[0], 1, 1, shape[-1], generator=generator)
+    elif kind == "far":  # a bit of the mantissa apart
+        x = 300 * (1 + (x > 0) / 128)
     x = (x * 2.0 ** draw(st.integers(-4, 4))).bfloat16()
     count = draw(st.sampled_from([0, 0, 1, 40]))
     at = torch.randint(x.numel(), (count,), generator=generator)

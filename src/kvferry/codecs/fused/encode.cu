@@ -205,7 +205,10 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         bool low_written = false;
         if (!hopeless) {
 #if KVF_PACKING == 1
-            low_written = gathered.fast && layout.low_words && layout.words_at - gap <= SCRATCH_BYTES;
+            bool narrow = true;  // four values' low bits make a word; more has only a channel far from zero whose differences are coded
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) narrow &= k >= rows.count || choice.width(0, k) <= 8;
+            low_written = gathered.fast && layout.low_words && layout.words_at - gap <= SCRATCH_BYTES && __all_sync(FULL, narrow);
             if (low_written && pending.tile >= 0) {
                 settle(pending, scratch, lane);
                 pending.tile = -1;
