@@ -298,10 +298,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
 #if KVF_INVERSE
-                        store_pair(start[j] + there, value_pair(y[j].x, y[j].y));
+                        const u32 pair[1] = {value_pair(y[j].x, y[j].y)};
+                        if (job.words) store_global<4>((u8 *)(start[j] + there), pair);
+                        else store_pair(start[j] + there, pair[0]);
 #else
                         largest = fmaxf(largest, fmaxf(fabsf(y[j].x), fabsf(y[j].y)));
-                        store_pair(start[j] + there, coefficient_pair(y[j].x, y[j].y));
+                        const u32 pair[1] = {coefficient_pair(y[j].x, y[j].y)};
+                        store_global<4>((u8 *)(start[j] + there), pair);
 #endif
                     }
                 }

@@ -83,6 +83,7 @@ class Job(ctypes.Structure):
         ("coded_part_lines", ctypes.c_int32),
         ("coded", ctypes.c_int32),
         ("mark_width", ctypes.c_int32),
+        ("words", ctypes.c_int32),
     )
 
 
@@ -129,6 +130,10 @@ class _Prepared:
         cos, sin = profile.rope.table(torch.arange(outer.max_positions))
         self.angles = torch.stack((cos, sin), -1).contiguous().to(self.device)
         self.lines = outer.kv.kernel_lines
+        size = self.dtype.itemsize
+        self.words = all(
+            at % 4 == 0 for x in outer.kv.lines for at in (x.data_ptr(), size * x.stride(0), size * x.stride(1))
+        )
         self.parts = len(sides) * profile.groups
         self.num_sms = outer.num_sms
         self.chunk_pages, self.page_tokens = outer.chunk_pages, outer.kv.page_tokens
@@ -164,6 +169,7 @@ class _Prepared:
             coded_part_lines=scratch.part_lines,
             coded=coded.num_lines,
             mark_width=coded.channels[-1],
+            words=self.words,
         )
         with torch.cuda.device(self.index):
             kernel, blocks, multiprocessors = _loaded(case, self.index)

@@ -31,6 +31,7 @@ struct Job {
     float bound;
     int num_chunks, chunk_pages, page_tokens, num_positions;
     int parts, groups, part_lines, coded_part_lines, coded, mark_width;  // groups: of a layer's K, or V; coded: lines of coefficients and marks
+    int words;  // whether every row of the cache begins at a multiple of 4 (those of coefficients do)
 };
 
 __device__ __forceinline__ float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
