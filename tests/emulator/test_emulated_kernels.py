@@ -155,12 +155,27 @@ def test_chunks_that_overflow_at_once(packing: str, ratio: float) -> None:
     [(2, 32, 2, "halves"), (4, 64, 1, "partial"), (2, 48, 1, "none"), (2, 32, 1, "interleaved"), (2, 144, 1, "halves")],
 )
 def test_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, Any]) -> None:
+    check_transform(heads, dim, group, rope, how, gap=0)
+
+
+def test_transform_of_rows_that_begin_anywhere() -> None:
+    check_transform(2, 64, 2, "halves", {}, gap=3)
+
+
+def check_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, Any], gap: int) -> None:
+    """`gap`: values between rows."""
     of = make_profile(heads, dim, group, rope)
     dtype = FP16 if dim == 64 else BF16
     generator = torch.Generator().manual_seed(1)
     values = [torch.randn(10, heads, 16, 2 * dim, generator=generator) * torch.logspace(-1, 0.5, 2 * dim) for _ in "01"]
     values[1][4, 1, 3, 5] = float("nan")
-    layers, other = ([tensor.to(dtype) for tensor in values] for _ in range(2))
+
+    def placed(tensor: Tensor) -> Tensor:
+        memory = torch.zeros(*tensor.transpose(1, 2).shape[:3], 2 * dim + gap, dtype=dtype)
+        view = memory[..., : 2 * dim].transpose(1, 2) if gap else torch.empty(tensor.shape, dtype=dtype)
+        return view.copy_(tensor)
+
+    layers, other = ([placed(tensor) for tensor in values] for _ in range(2))
     slot_codec, emulated = (
         SlotCodec(kv := PagedKV.heads_first(each, dim), codec := Transform(of, **how), 5,
                   slot_bytes_for(kv, codec, 5, codec.ratio or 1.5))
@@ -188,7 +203,7 @@ def test_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, A
     fused_transform.inverse(emulated, scratch, table, positions, statuses[1])
     assert statuses[0].tolist() == statuses[1].tolist() and (0 in statuses[0].tolist() or how.get("ratio") == 20.0)
     for left, right in zip(layers, other, strict=True):
-        assert torch.equal(left.view(torch.int16), right.view(torch.int16))
+        assert torch.equal(bits_of(left), bits_of(right))
 
 
 FRAMES: list[tuple[Codec, torch.dtype, tuple[int, ...]]] = [
