@@ -17,7 +17,7 @@ from kvferry.codecs.bounded.steps import round_down
 from kvferry.codecs.fused import kernels
 from kvferry.codecs.fused.kernels import DECODE, ENCODE, RETRY, Case, Loaded, SlotFacts
 from kvferry.codecs.fused.tables import decoder_table, encoder_tables
-from kvferry.device.nvrtc import Arguments, current_stream_handle, zero_words
+from kvferry.device.nvrtc import Arguments, current_stream_handle, make_current, zero_words
 from kvferry.format.frame import MODES, PACKINGS
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _ROWS_OF_A_TILE = 64
 def encode(slot_codec: "SlotCodec", page_table: Tensor, slots: Tensor, slot_index: Tensor, identities: Tensor) -> None:
     """Queue the encoding on the current stream; `SlotCodec.encode` has checked the arguments."""
     prepared = _prepared(slot_codec)
-    with torch.cuda.device(prepared.device):
+    with make_current(prepared.device.index):
         prepared.encode(page_table, slots, slot_index, identities)
 
 
@@ -38,7 +38,7 @@ def decode(
 ) -> None:
     """Queue the decoding on the current stream; `SlotCodec.decode` has checked the arguments."""
     prepared = _prepared(slot_codec)
-    with torch.cuda.device(prepared.device):
+    with make_current(prepared.device.index):
         zero_words(status.data_ptr(), status.shape[0], prepared.device.index)
         prepared.decode(slots, slot_index, page_table, identities, status)
 

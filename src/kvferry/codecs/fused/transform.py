@@ -13,7 +13,7 @@ from torch import Tensor
 from kvferry.blocks import MANTISSA_BITS
 from kvferry.codecs.transform import Transform
 from kvferry.codecs.transform.profile import SIDES, Profile
-from kvferry.device.nvrtc import Arguments, Kernel, cached_cubin, load_kernel
+from kvferry.device.nvrtc import Arguments, Kernel, cached_cubin, load_kernel, make_current
 
 if TYPE_CHECKING:
     from kvferry.codecs.slots import SlotCodec
@@ -171,7 +171,7 @@ class _Prepared:
             mark_width=coded.channels[-1],
             words=self.words,
         )
-        with torch.cuda.device(self.index):
+        with make_current(self.index):
             kernel, blocks, multiprocessors = _loaded(case, self.index)
             items = self.parts * chunks * -(-self.chunk_pages * self.page_tokens // _TOKENS)
             sms = min(self.num_sms or multiprocessors, multiprocessors)
