@@ -165,13 +165,17 @@ class PagedKV:
         return layout_digest(self.dtype, self.page_tokens, self.channels)
 
     @cached_property
-    def kernel_lines(self) -> Tensor:
-        """What kernels address lines by, int64 `[num_lines, 3]` on the device: address of the first value of page 0;
-        bytes from page to page; bytes from token to token in the low 32 bits, channels above them."""
+    def line_places(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each line: address of the first value of page 0; bytes from page to page, and from token to token."""
         size = self.dtype.itemsize
-        rows = [
-            (line.data_ptr(), line.stride(0) * size, line.stride(1) * size | line.shape[2] << 32) for line in self.lines
-        ]
+        return tuple((line.data_ptr(), line.stride(0) * size, line.stride(1) * size) for line in self.lines)
+
+    @cached_property
+    def kernel_lines(self) -> Tensor:
+        """What kernels address lines by, int64 `[num_lines, 3]` on the device: `line_places`, and channels above
+        the low 32 bits of the bytes from token to token."""
+        places = zip(self.line_places, self.channels, strict=True)
+        rows = [(start, page, token | channels << 32) for (start, page, token), channels in places]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
 

@@ -121,9 +121,8 @@ def test_channels_far_from_zero(codec: Codec, far: float, place: str) -> None:
         slots.append(slot_cases.encode(slot_codec, where, TABLE))
     assert [take_apart(s).used for s in slots[0]] == [take_apart(s).used for s in slots[1]]
     fresh = Engine("heads_first", torch.float32, device=device_of(place))
-    assert slot_cases.decode(SlotCodec(fresh.kv, codec, 5, slot_codec.slot_bytes), place, slots[1][:1], TABLE[:1]) == [
-        0
-    ]
+    slot_codec = SlotCodec(fresh.kv, codec, 5, slot_codec.slot_bytes)
+    assert slot_cases.decode(slot_codec, place, slots[1][:1], TABLE[:1]) == [0]
     assert_kept(chunk_rows(values, TABLE[0]), chunk_rows(fresh.read(), TABLE[0]), *absolute_codec(codec, slots[1]))
 
 

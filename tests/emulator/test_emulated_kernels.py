@@ -48,6 +48,18 @@ def used(slots: Tensor) -> list[bytes]:
     return [take_apart(slot).used for slot in slots]
 
 
+def assert_values_of_the_reference(slot_codec: SlotCodec, slots: Tensor, table: Tensor, *sizes: Any) -> None:
+    """Good chunks in `slots` leave the same pages of engines of `sizes` by the kernels as by the reference."""
+    layout, dtype, page_tokens, head_dim = sizes
+    back, wanted = (Engine(layout, dtype, layers=1, page_tokens=page_tokens, head_dim=head_dim) for _ in range(2))
+    of_back, of_wanted = (
+        SlotCodec(each.kv, slot_codec.codec, slot_codec.chunk_pages, slot_codec.slot_bytes) for each in (back, wanted)
+    )
+    assert decode(of_back, slots, table) == [0] * len(slots)
+    slot_cases.decode(of_wanted, "cpu", slots, table)
+    assert torch.equal(bits_of(back.read()), bits_of(wanted.read()))
+
+
 CASES: list[tuple[Codec, torch.dtype, str, int, int]] = [
     # codec, dtype, layout, tokens of a page, head_dim
     (Bounded(0.0625, False), BF16, "heads_first", 16, 128),
@@ -82,12 +94,8 @@ class TestSlots:
         table = torch.cat([TABLE, torch.tensor([[0, -1, 2, -1, 3]])])
         expected, found = slot_cases.encode(slot_codec, "cpu", table), encode(slot_codec, table)
         assert used(found) == used(expected)
-        back, wanted = (Engine(layout, dtype, layers=1, page_tokens=page_tokens, head_dim=head_dim) for _ in range(2))
         table = torch.tensor([[3, 1, -1, 0, 7], [8, -1, 6, 5, 9]])
-        statuses = decode(SlotCodec(back.kv, codec, 5, slot_codec.slot_bytes), expected[:2], table)
-        assert statuses == [0, 0]
-        slot_cases.decode(SlotCodec(wanted.kv, codec, 5, slot_codec.slot_bytes), "cpu", expected[:2], table)
-        assert torch.equal(bits_of(back.read()), bits_of(wanted.read()))
+        assert_values_of_the_reference(slot_codec, expected[:2], table, layout, dtype, page_tokens, head_dim)
 
     def test_damage_is_found(
         self, codec: Codec, dtype: torch.dtype, layout: str, page_tokens: int, head_dim: int
@@ -125,10 +133,7 @@ def test_channels_far_from_zero(mode: str, far: float) -> None:
     slot_codec = SlotCodec(engine.write(codes).kv, Bounded(0.5, False, mode=mode), 5, raw_slot_bytes(engine.kv, 5))
     expected, found = slot_cases.encode(slot_codec, "cpu", TABLE), encode(slot_codec, TABLE)
     assert used(found) == used(expected)
-    back, wanted = (Engine("heads_first", FP32, layers=1, page_tokens=16, head_dim=24) for _ in range(2))
-    assert decode(SlotCodec(back.kv, slot_codec.codec, 5, slot_codec.slot_bytes), expected[:2], TABLE[:2]) == [0, 0]
-    slot_cases.decode(SlotCodec(wanted.kv, slot_codec.codec, 5, slot_codec.slot_bytes), "cpu", expected[:2], TABLE[:2])
-    assert torch.equal(back.read(), wanted.read())
+    assert_values_of_the_reference(slot_codec, expected[:2], TABLE[:2], "heads_first", FP32, 16, 24)
 
 
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 40.0])
@@ -171,9 +176,9 @@ def check_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, 
     values[1][4, 1, 3, 5] = float("nan")
 
     def placed(tensor: Tensor) -> Tensor:
-        memory = torch.zeros(*tensor.transpose(1, 2).shape[:3], 2 * dim + gap, dtype=dtype)
-        view = memory[..., : 2 * dim].transpose(1, 2) if gap else torch.empty(tensor.shape, dtype=dtype)
-        return view.copy_(tensor)
+        if not gap:
+            return tensor.to(dtype)
+        return torch.zeros(10, 16, heads, 2 * dim + gap, dtype=dtype)[..., : 2 * dim].transpose(1, 2).copy_(tensor)
 
     layers, other = ([placed(tensor) for tensor in values] for _ in range(2))
     slot_codec, emulated = (

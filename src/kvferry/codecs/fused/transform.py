@@ -130,10 +130,7 @@ class _Prepared:
         cos, sin = profile.rope.table(torch.arange(outer.max_positions))
         self.angles = torch.stack((cos, sin), -1).contiguous().to(self.device)
         self.lines = outer.kv.kernel_lines
-        size = self.dtype.itemsize
-        self.words = all(
-            at % 4 == 0 for x in outer.kv.lines for at in (x.data_ptr(), size * x.stride(0), size * x.stride(1))
-        )
+        self.words = all(at % 4 == 0 for place in outer.kv.line_places for at in place)
         self.parts = len(sides) * profile.groups
         self.num_sms = outer.num_sms
         self.chunk_pages, self.page_tokens = outer.chunk_pages, outer.kv.page_tokens
