@@ -265,6 +265,7 @@ inline int __popc(u32 v) { return __builtin_popcount(v); }
 inline int __ffs(u32 v) { return __builtin_ffs((int)v); }
 inline int __clz(u32 v) { return v ? __builtin_clz(v) : 32; }
 inline u32 __umulhi(u32 a, u32 b) { return (u32)((u64)a * b >> 32); }
+inline int __mulhi(int a, int b) { return (int)((i64)a * b >> 32); }
 inline u32 __funnelshift_r(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) >> (by & 31)); }
 inline u32 __funnelshift_l(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) << (by & 31) >> 32); }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
@@ -292,6 +293,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 // ---- intrinsics.cu ----
 
 inline u32 lanes_before() { return (1u << emulator::lane()) - 1; }
+inline u32 lanes_behind() { return ~lanes_before(); }
 
 template <typename T>
 T &at_shared(u32 address) {
@@ -381,20 +383,42 @@ inline u32 flushed_pair(u32 pair) {
 inline int clamp_to(int v, int most) { return max(min(v, most), 0); }
 inline u32 min_halves(u32 a, u32 b) { return min(a & 0xffff, b & 0xffff) | min(a >> 16, b >> 16) << 16; }
 inline u32 max_halves(u32 a, u32 b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
+inline u32 min_signed_halves(u32 a, u32 b) { return min_halves(a ^ 0x80008000u, b ^ 0x80008000u) ^ 0x80008000u; }
+inline u32 min_halves_before(u32 a, u32 b) { return min_halves(((a - 1) & 0xffff) | ((a - 0x10000) & 0xffff0000u), b); }
+// Differences of floats, rounded once: to odd, then to the 16-bit float.
+inline float to_odd(double exact) {
+    const float f = (float)exact;
+    const u32 bits = __float_as_uint(f);
+    if ((double)f == exact || f != f || (bits & 1)) return f;
+    return __uint_as_float(std::fabs((double)f) > std::fabs(exact) ? bits - 1 : bits + 1);
+}
+inline u32 bfloat_differences(u32 a, u32 b) {
+    const auto from = [](u32 word) { return (double)__uint_as_float(word << 16); };
+    return bfloat_pair(to_odd(from(a & 0xffff) - from(b & 0xffff)), to_odd(from(a >> 16) - from(b >> 16)));
+}
+inline u32 half_differences(u32 a, u32 b) {
+    const auto from = [](u32 word) { return (double)from_half(word); };
+    return half_pair(to_odd(from(a & 0xffff) - from(b & 0xffff)), to_odd(from(a >> 16) - from(b >> 16)));
+}
+inline u32 larger_halves(u32 a, u32 b) { return max_halves(a & 0x7fff7fff, b & 0x7fff7fff) | ((a ^ b) & 0x80008000); }  // of numbers
+inline u32 larger_bfloats(u32 a, u32 b) { return larger_halves(a, b); }
+inline u32 clamp_halves(u32 v, u32 addend, u32 most) {
+    return (u32)clamp_to((short)(v + addend), (int)(most & 0xffff)) | (u32)clamp_to((short)((v >> 16) + (addend >> 16)), (int)(most >> 16)) << 16;
+}
+inline u32 dot2(u32 a, u32 b, u32 sum) { return sum + (a & 0xffff) * (b & 255) + (a >> 16) * (b >> 8 & 255); }
 inline u32 dot4(u32 a, u32 b, u32 sum) {
     for (int i = 0; i < 32; i += 8) sum += (a >> i & 255) * (b >> i & 255);
     return sum;
 }
 
-inline void emit_word(u32 &state, u32 &words_at, u32 frequencies, u32 below) {
-    const u32 upper = state >> 16;
-    const bool full = upper >= frequencies;
+inline void emit_word(u32 &state, u32 &words_at, u32 limit, u32 behind) {
+    const bool full = state > limit;
     const u32 mask = __ballot_sync(FULL, full);
-    words_at -= 2 * (u32)__popc(mask);
     if (full) {
-        at_shared<u16>(words_at + 2 * (u32)__popc(mask & below)) = (u16)state;
-        state = upper;
+        at_shared<u16>(words_at - 2 * (u32)__popc(mask & behind)) = (u16)state;
+        state >>= 16;
     }
+    words_at -= 2 * (u32)__popc(mask);
 }
 inline void take_word(u32 &state, u32 &words, u32 below) {
     const bool need = state < 65536;

@@ -10,11 +10,12 @@ struct Coded {
 };
 
 // Entries are {reciprocal, shift of the reciprocal | 256 - frequency << 8 | bias << 16}; both 0 where a table has no symbol. The shift needs no
-// instruction to take it out, since shifts by a word look at its lowest 5 bits, and the bias is added as it is taken out.
+// instruction to take it out, since shifts by a word look at its lowest 5 bits, and the bias is added as it is taken out: by a product, since
+// the pipe that shifts has more to do than the one that multiplies.
 __device__ __forceinline__ u32 complement_of(uint2 entry) { return __byte_perm(entry.y, 0, 0x4441); }
 __device__ __forceinline__ void code_symbol(u32 &state, uint2 entry, u32 complement) {
     const u32 quotient = __funnelshift_r(__umulhi(state, entry.x), 0, entry.y);
-    state = quotient * complement + (state + (entry.y >> 16));
+    state = quotient * complement + dot2(entry.y, 0x0100, state);
 }
 
 constexpr int MIDDLE = BOUNDED ? ALPHABET / 2 : 0;  // entry of symbol 0
@@ -107,7 +108,7 @@ template <int CPL>
 __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, int channels, const Quantisers<CPL> &quantisers,
                                             const Choice<CPL> &choice, const Gathered<CPL> &gathered, const Stage &stage, u32 tables, u8 *low_out,
                                             int low_index, int lane) {
-    const u32 below = lanes_before(), idle = tables + (IDLE_TABLE * ALPHABET + MIDDLE) * 8;
+    const u32 behind = lanes_behind(), idle = tables + (IDLE_TABLE * ALPHABET + MIDDLE) * 8;
     const int groups = (tokens + 3) / 4;
     u32 entries[CPL];
     Columns<CPL> columns;
@@ -146,6 +147,11 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
 #pragma unroll
         for (int k = 0; k < CPL; ++k) columns.offset[k] = columns.first_offset[k] = 0;
     }
+    // Two columns at once where nothing is to be shifted off: bytes and their offsets, which lie within some hundreds of 0, fit halves.
+    constexpr bool PAIRED = !DELTA && LOW_BITS == 0;
+    u32 pair_offset[CPL];
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) pair_offset[k] = ((u32)columns.offset[k] & 0xffff) * 0x10001;
     u32 state = STATE_LOW, words_at = stage.codes + groups * 128 * CPL;  // address of the last word written
     u32 next[CPL] = {};
     const u32 codes = stage.codes + lane * CPL * 4;
@@ -157,20 +163,32 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
         for (int k = 0; k < CPL; ++k) packed[k] = next[k];
         if (g > 0) load_shared_words<CPL>(codes + (g - 1) * 128 * CPL, next);
         __syncwarp();  // every lane has its bytes before words take their place
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
+        if constexpr (PAIRED) {
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
-                int column = __byte_perm(packed[k], 0, 0x4440 + i);
-                if constexpr (DELTA) {
-                    if (i) column -= (int)(__byte_perm(packed[k], 0, 0x4440 + (i ? i - 1 : 0)) & before);
-                    else if (g) column -= (int)(__byte_perm(next[k], 0, 0x4443) & before);
-                }
-                column += DELTA && i == 0 && g == 0 ? columns.first_offset[k] : columns.offset[k];
-                if (LOW_BITS) column >>= LOW_BITS;
-                // The first and the last entry of a table are empty: what lies outside it finds nothing there.
-                address[i][k] = entries[k] + 8 * clamp_to(column, ALPHABET - 1);
+                // Of tokens 0 and 2, and of 1 and 3. The first and the last entry of a table are empty: what lies outside it finds nothing there.
+                const u32 even = clamp_halves(__byte_perm(packed[k], 0, 0x4240), pair_offset[k], (ALPHABET - 1) * 0x10001);
+                const u32 odd = clamp_halves(__byte_perm(packed[k], 0, 0x4341), pair_offset[k], (ALPHABET - 1) * 0x10001);
+                address[0][k] = dot2(even, 0x0008, entries[k]);
+                address[1][k] = dot2(odd, 0x0008, entries[k]);
+                address[2][k] = dot2(even, 0x0800, entries[k]);
+                address[3][k] = dot2(odd, 0x0800, entries[k]);
             }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    int column = __byte_perm(packed[k], 0, 0x4440 + i);
+                    if constexpr (DELTA) {
+                        if (i) column -= (int)(__byte_perm(packed[k], 0, 0x4440 + (i ? i - 1 : 0)) & before);
+                        else if (g) column -= (int)(__byte_perm(next[k], 0, 0x4443) & before);
+                    }
+                    column += DELTA && i == 0 && g == 0 ? columns.first_offset[k] : columns.offset[k];
+                    if (LOW_BITS) column >>= LOW_BITS;
+                    address[i][k] = entries[k] + 8 * clamp_to(column, ALPHABET - 1);
+                }
+        }
         if (4 * g + 4 > tokens) {
 #pragma unroll
             for (int i = 1; i < 4; ++i)
@@ -203,7 +221,8 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
         for (int pair = 2 * CPL - 1; pair >= 0; --pair) {
             const uint2 low_step = entry[2 * pair / CPL][2 * pair % CPL], high_step = entry[(2 * pair + 1) / CPL][(2 * pair + 1) % CPL];
             const u32 low_complement = complement_of(low_step), high_complement = complement_of(high_step);
-            emit_word(state, words_at, (PROB_SCALE - low_complement) * (PROB_SCALE - high_complement), below);
+            // What the state must not exceed for its product with both frequencies to fit 32 bits: that product of theirs above 16 bits.
+            emit_word(state, words_at, (PROB_SCALE - low_complement) * (PROB_SCALE * 65536 - high_complement * 65536) - 1, behind);
             code_symbol(state, high_step, high_complement);
             code_symbol(state, low_step, low_complement);
         }

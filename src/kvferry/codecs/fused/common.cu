@@ -79,6 +79,10 @@ __device__ __forceinline__ u32 as_word(float f) {
 // Two values rounded to a 16-bit dtype, the first in the low half.
 __device__ __forceinline__ u32 as_word_pair(float low, float high) { return KVF_EXPONENT == 8 ? bfloat_pair(low, high) : half_pair(low, high); }
 
+// Differences of two such pairs, rounded to the dtype; and the larger of two of those, whatever their signs.
+__device__ __forceinline__ u32 differences(u32 a, u32 b) { return KVF_EXPONENT == 8 ? bfloat_differences(a, b) : half_differences(a, b); }
+__device__ __forceinline__ u32 larger_pair(u32 a, u32 b) { return KVF_EXPONENT == 8 ? larger_bfloats(a, b) : larger_halves(a, b); }
+
 // 1.5 * 2**23: adding it rounds a float below 2**22 to an integer (to nearest even) and leaves that in the low mantissa bits.
 // Conversion instructions do the same at a quarter of the rate.
 constexpr float ROUNDER = 12582912.0f;

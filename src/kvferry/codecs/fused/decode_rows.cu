@@ -82,7 +82,18 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
     load_planes(0);
 #pragma unroll 1
     for (int t0 = 0; t0 < tokens; t0 += 4) {
-        int value[4][CPL];
+        int value[4][CPL];  // before low bits: the symbol in the top byte
+        const auto add_up = [&](auto above) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    code[k] = above(value[i][k], add[k] + (DELTA ? code[k] : 0));
+                    if (DELTA) add[k] = 0;  // the base was the first difference's
+                    value[i][k] = code[k];
+                }
+        };
+        const auto whole_sum = [](int v, int more) { return v + more; };
         if constexpr (ANS) {
             // Four tokens take at most 2 * CPL * 32 words.
             if (words - stage > 4 * STAGE_WORDS - 4 * CPL * 32 && at.num_words - passed > 2 * STAGE_WORDS) {
@@ -101,10 +112,10 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const int step = 2 * pair + half, i = step / CPL, k = step % CPL;
-                        // {frequency (16 bits), slot - cum (8), symbol (8, signed)}. The low byte by a permutation: as a mask it costs one more.
-                        const u32 slot = table_word((tail && i && t0 + i >= tokens ? idle : slots[k]) + 4 * __byte_perm(state, 0, 0x4440));
+                        // {frequency (16 bits), slot - cum (8), symbol (8, signed)}, at four times the state's low byte: one instruction, as a product.
+                        const u32 slot = table_word(dot4(state, 4, tail && i && t0 + i >= tokens ? idle : slots[k]));
                         state = (slot & 0xffff) * (state >> PROB_BITS) + __byte_perm(slot, 0, 0x4442);
-                        value[i][k] = (int)slot >> 24;
+                        value[i][k] = (int)slot;
                     }
                     take_word(state, words, below);
                 }
@@ -113,6 +124,10 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
             if (t0 + 4 > tokens) decode_symbols(true);
             else decode_symbols(false);
             if (LOW_BITS || (BOUNDED && has_low)) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+#pragma unroll
+                    for (int k = 0; k < CPL; ++k) value[i][k] >>= 24;
 #pragma unroll
                 for (int k = 0; k < CPL; ++k) {
                     const int width = shift[k];
@@ -130,6 +145,14 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
                             value[i][k] = value[i][k] * (1 << width) + (int)stream_bits<false>(0, low, groups.low[0][k], (t0 + i) * width, width) -
                                           (BOUNDED ? (1 << width) >> 1 : 0);
                 }
+                if (BOUNDED) add_up(whole_sum);
+            } else if (BOUNDED) {
+                add_up([](int v, int more) { return __mulhi(v, 256) + more; });
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+#pragma unroll
+                    for (int k = 0; k < CPL; ++k) value[i][k] >>= 24;
             }
         } else {
             const int b = t0 >> 5;
@@ -157,6 +180,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
 #pragma unroll
                 for (int i = 0; i < 4; ++i) value[i][k] = DELTA ? (int)(four[i] >> 1) ^ -(int)(four[i] & 1) : (int)four[i];
             }
+            if (BOUNDED) add_up(whole_sum);
         }
         u32 plane[PLANES + 1][4];
 #pragma unroll
@@ -173,11 +197,8 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
             if constexpr (BOUNDED) {
                 float f[CPL];
 #pragma unroll
-                for (int k = 0; k < CPL; ++k) {
-                    code[k] = value[i][k] + add[k] + (DELTA ? code[k] : 0);
-                    if (DELTA) add[k] = 0;  // the base was the first difference's
-                    f[k] = __fmul_rn(WHOLE ? __int_as_float(code[k]) - ROUNDER : whole(code[k]), groups.step[k]);
-                }
+                for (int k = 0; k < CPL; ++k)
+                    f[k] = __fmul_rn(WHOLE ? __int_as_float(value[i][k]) - ROUNDER : whole(value[i][k]), groups.step[k]);
 #if KVF_ITEM == 2
                 if constexpr (CPL % 2 == 0) {
 #pragma unroll

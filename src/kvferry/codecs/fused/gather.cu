@@ -25,22 +25,29 @@ struct Stage {
 
 __device__ __forceinline__ void mark_exact(const Stage &stage, int position) { atomicOr(stage.exact + (position >> 5), 1u << (position & 31)); }
 
-// A number that is small, but not 0, for the values that must be stored in their own bits: below SPECIAL_BELOW after 1 is taken off.
-#if KVF_ITEM == 2 && KVF_EXPONENT == 8
-constexpr u32 SPECIAL_BELOW = 0x00ffffffu;  // of the float's bits, as bfloat16's lie in their upper half
+// Watches for values that must be stored in their own bits: denormals and negative zeros. NaN and infinities have no byte.
+struct Specials {
+    // 16 bits: of both halves, the least but one (so that 0 is the largest) and, signed, the least; 32 bits: `least` of the bits turned left
+    // by one, less one.
+    u32 least = FULL, lowest = 0;
+
+    __device__ __forceinline__ void see(u32 packed) {
+#if KVF_ITEM == 2
+        least = min_halves_before(packed, least);
+        lowest = min_signed_halves(packed, lowest);
 #else
-constexpr u32 SPECIAL_BELOW = (MANTISSA_MASK << 1) | 1;
+        least = min(least, __funnelshift_l(packed, packed, 1) - 1);
 #endif
-__device__ __forceinline__ u32 special_key(u32 word, float x) {
-#if KVF_ITEM == 2 && KVF_EXPONENT == 8
-    const u32 bits = __float_as_uint(x);
-    return __funnelshift_l(bits, bits, 1);
-#elif KVF_ITEM == 4
-    return __funnelshift_l(word, word, 1);
+    }
+    __device__ __forceinline__ bool any() const {
+#if KVF_ITEM == 2
+        const u32 negative = lowest ^ 0x80008000u;
+        return min(least & 0xffff, least >> 16) < MANTISSA_MASK || min(negative & 0xffff, negative >> 16) <= MANTISSA_MASK;
 #else
-    return ((word << 1) | (word >> TOP_BIT)) & (FULL >> (32 - 8 * KVF_ITEM));
+        return least < ((MANTISSA_MASK << 1) | 1);
 #endif
-}
+    }
+};
 
 // What the bytes of a lane's channels are counted from, and what became of them.
 template <int CPL>
@@ -191,6 +198,20 @@ __device__ __forceinline__ void summarise(int tokens, const int *radius, const S
     }
 }
 
+// What the distance between a value and what is delivered must not exceed, in bits of the dtype, for the value to be within `bound` without
+// a closer look. Distances are rounded to the dtype, but nearly all of them need not be: with the value they are of, what is delivered for
+// it has the sign of the value and at most twice its size (P. H. Sterbenz, "Floating-Point Computation", 1974, section 4.3), or is 0. The one
+// exception is the code +-1 of a value just below a power of two, delivered as a bit more than twice as much. Its distance may be rounded
+// down to that power: where only that separates it from the bound, distances of just the power are looked at too.
+__device__ __forceinline__ u32 surely_within(float bound) {
+    const u32 nearest = as_word(bound), floor = as_float(nearest) > bound ? nearest - 1 : nearest;
+    const bool exact = as_float(floor) == bound, power = (floor & MANTISSA_MASK) == 0;
+    // Half-precision values are multiples of 2**-24, so distances up to 0.5 are what floats make of them too, and one that equals the bound is within
+    // it. That is common where values are in units of the step (transform coefficients).
+    const bool bound_within = KVF_EXPONENT == 5 && bound <= 0.5f;
+    return floor == 0 || (exact ? bound_within : !power) ? floor : floor - 1;
+}
+
 template <int CPL>
 __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const Rows<CPL> &rows, u32 (&ahead)[AHEAD][4][Rows<CPL>::PACKED], const u8 *p,
                                        const Quantisers<CPL> &quantisers, const int *radius, const Stage &stage, int lane, Gathered<CPL> &gathered, Choice<CPL> &choice) {
@@ -214,59 +235,65 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
             store_shared(offsets + 4 * k, (u32)(bits - 128));
         }
     }
-    // Half-precision values are multiples of 2**-24, so differences up to 0.5 are exact, and one that equals the bound is within it. That
-    // is common where values are in units of the step (transform coefficients).
-    constexpr bool HALVES = KVF_ITEM == 2 && KVF_EXPONENT == 5;
-    const float limit = HALVES && quantiser[0].bound <= 0.5f ? __uint_as_float(__float_as_uint(quantiser[0].bound) + 1) : quantiser[0].bound;
-    u32 beyond = 0, least_key = FULL;  // beyond: above 255 where some code does not fit its byte
+    constexpr int PAIRS = KVF_ITEM == 2 ? PACKED : 0;
+    u32 within_pair[PAIRS + 1];
+#pragma unroll
+    for (int j = 0; j < PAIRS; ++j)
+        within_pair[j] = surely_within(quantiser[2 * j].bound) | surely_within(quantiser[min(2 * j + 1, CPL - 1)].bound) << 16;
+    Specials specials;
+    u32 beyond = 0;  // above 255 where some code does not fit its byte
     // Four rows at a time, the next ones on their way. Behind the last token its row is taken again, which does no harm but in sums.
 #pragma unroll 1
     for (int t0 = 0; t0 < tokens; t0 += 4) {
         u32 row[4][PACKED], packed[CPL];
         rows.advance(row, ahead, p, t0 + 4 * AHEAD, tokens);
         if constexpr (BOUNDED) {
-            u32 byte[4][CPL], offset[CPL], missed = 0;  // missed, bit i: a value of token t0+i may miss the bound
-            float worst[4];
+            u32 byte[4][CPL], offset[CPL], difference[4][PAIRS + 1];
+            bool missed[4], any_missed = false;  // of token t0+i: a value may miss the bound. (NaN are found in another way.)
             load_shared_words<CPL>(offsets, offset);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float difference[CPL], rounded[CPL];
-                bool row_missed = false;
-                worst[i] = 0.0f;
+                float rounded[PACKED * 4 / KVF_ITEM] = {};
 #pragma unroll
                 for (int k = 0; k < CPL; ++k) {
-                    const float x = Rows<CPL>::number(row[i], k), r = __fmul_rn(x, quantiser[k].inverse) + ROUNDER;
+                    const float r = __fmul_rn(Rows<CPL>::number(row[i], k), quantiser[k].inverse) + ROUNDER;
                     byte[i][k] = __float_as_uint(r) - offset[k];
                     beyond |= byte[i][k];
-                    least_key = min(least_key, special_key(Rows<CPL>::value(row[i], k), x) - 1);
                     rounded[k] = __fmul_rn(r - ROUNDER, quantiser[k].step);
                 }
 #pragma unroll
-                for (int k = 0; k < CPL; ++k) {
-#if KVF_ITEM == 2
-                    if constexpr (CPL % 2 == 0) {
-                        if (k & 1) continue;
-                        const u32 pair[1] = {as_word_pair(rounded[k], rounded[k + 1])};
-                        difference[k] = Rows<CPL>::number(row[i], k) - Rows<2>::number(pair, 0);
-                        difference[k + 1] = Rows<CPL>::number(row[i], k + 1) - Rows<2>::number(pair, 1);
-                        continue;
-                    }
-#endif
-                    difference[k] = Rows<CPL>::number(row[i], k) - as_float(as_word(rounded[k]));
-                }
+                for (int j = 0; j < PACKED; ++j) specials.see(row[i][j]);
+                if constexpr (PAIRS > 0) {
 #pragma unroll
-                for (int k = 0; k < CPL; ++k) {
-                    if (CHANNEL_STEPS) row_missed |= !(fabsf(difference[k]) < quantiser[k].bound);
-                    else worst[i] = fmaxf(worst[i], fabsf(difference[k]));
+                    for (int j = 0; j < PAIRS; ++j) difference[i][j] = differences(row[i][j], as_word_pair(rounded[2 * j], rounded[2 * j + 1]));
+                } else {
+                    missed[i] = false;
+#pragma unroll
+                    for (int k = 0; k < CPL; ++k) missed[i] |= !(fabsf(Rows<CPL>::number(row[i], k) - rounded[k]) < quantiser[k].bound);
+                    any_missed |= missed[i];
                 }
-                if (CHANNEL_STEPS) missed |= (u32)row_missed << i;
             }
-            // Which token it is, only where there is one. (NaN are found in another way.)
-            if ((CHANNEL_STEPS ? missed != 0 : fmaxf(fmaxf(worst[0], worst[1]), fmaxf(worst[2], worst[3])) >= limit) && rows.count) {
+            const auto beyond_pair = [&](u32 pair, int j) { return max_halves(pair & 0x7fff7fffu, within_pair[j]) != within_pair[j]; };
+            if constexpr (PAIRS > 0) {
+                u32 largest[PAIRS + 1];
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (!CHANNEL_STEPS) missed |= (u32)(worst[i] >= limit) << i;
-                list_repairs(stage.small, t0, t0 + 4 > tokens ? missed & 15 >> (t0 + 4 - tokens) : missed, lane);
+                for (int j = 0; j < PAIRS; ++j) {
+                    largest[j] = larger_pair(larger_pair(difference[0][j], difference[1][j]), larger_pair(difference[2][j], difference[3][j]));
+                    if (!CHANNEL_STEPS && j) largest[0] = larger_pair(largest[0], largest[j]);
+                    if (CHANNEL_STEPS) any_missed |= beyond_pair(largest[j], j);
+                }
+                if (!CHANNEL_STEPS) any_missed = beyond_pair(largest[0], 0);
+            }
+            // Which token it is, only where there is one.
+            if (any_missed && rows.count) {
+                u32 tokens_missed = 0;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                    for (int j = 0; j < PAIRS; ++j) missed[i] = (j && missed[i]) | beyond_pair(difference[i][j], j);
+                    tokens_missed |= (u32)missed[i] << i;
+                }
+                list_repairs(stage.small, t0, t0 + 4 > tokens ? tokens_missed & 15 >> (t0 + 4 - tokens) : tokens_missed, lane);
             }
 #pragma unroll
             for (int k = 0; k < CPL; ++k)
@@ -305,7 +332,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     }
     __syncwarp();
     if constexpr (BOUNDED) {
-        gathered.fast &= beyond < 256 && least_key >= SPECIAL_BELOW;
+        gathered.fast &= beyond < 256 && !specials.any();
         gathered.fast = __all_sync(FULL, gathered.fast);
         if (gathered.fast && load_shared(stage.small_at(REPAIRS))) {
             bool any = false;

@@ -18,6 +18,13 @@ __device__ __forceinline__ u32 lanes_before() {
     return mask;
 }
 
+// Bits of this lane and of those behind it.
+__device__ __forceinline__ u32 lanes_behind() {
+    u32 mask;
+    asm volatile("mov.u32 %0, %%lanemask_ge;" : "=r"(mask));
+    return mask;
+}
+
 // ---- memory ----
 
 // Shared memory by its own 32-bit addresses: through pointers, the compiler computes the window's base in every step.
@@ -154,6 +161,16 @@ __device__ __forceinline__ int clamp_to(int v, int most) {
     return max(min(v, most), 0);
 #endif
 }
+// The same of both halves of v + addend, signed.
+__device__ __forceinline__ u32 clamp_halves(u32 v, u32 addend, u32 most) {
+#if __CUDA_ARCH__ >= 900
+    u32 clamped;
+    asm("{ .reg .b32 sum;\n\tadd.s16x2 sum, %1, %2;\n\tmin.s16x2.relu %0, sum, %3; }" : "=r"(clamped) : "r"(v), "r"(addend), "r"(most));
+    return clamped;
+#else
+    return (u32)clamp_to((short)(v + addend), (int)(most & 0xffff)) | (u32)clamp_to((short)((v >> 16) + (addend >> 16)), (int)(most >> 16)) << 16;
+#endif
+}
 // Smallest and largest of two unsigned halves at once.
 __device__ __forceinline__ u32 min_halves(u32 a, u32 b) {
 #if __CUDA_ARCH__ >= 900
@@ -173,32 +190,84 @@ __device__ __forceinline__ u32 max_halves(u32 a, u32 b) {
     return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16;
 #endif
 }
+// The same of signed ones; and of unsigned ones to which -1 is added first.
+__device__ __forceinline__ u32 min_signed_halves(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
+    u32 v;
+    asm("min.s16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+#else
+    return min_halves(a ^ 0x80008000u, b ^ 0x80008000u) ^ 0x80008000u;
+#endif
+}
+__device__ __forceinline__ u32 min_halves_before(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
+    u32 v;
+    asm("{ .reg .b32 before;\n\tadd.u16x2 before, %1, %3;\n\tmin.u16x2 %0, before, %2; }" : "=r"(v) : "r"(a), "r"(b), "r"(FULL));
+    return v;
+#else
+    return min_halves((a - 1 & 0xffff) | (a - 0x10000 & 0xffff0000u), b);
+#endif
+}
+// Differences of pairs of 16-bit floats, rounded to such floats; and of two such pairs the larger in size, whatever their signs.
+__device__ __forceinline__ u32 bfloat_differences(u32 a, u32 b) {
+    u32 v;
+    asm("fma.rn.bf16x2 %0, %2, %3, %1;" : "=r"(v) : "r"(a), "r"(b), "r"(0xbf80bf80u));
+    return v;
+}
+__device__ __forceinline__ u32 half_differences(u32 a, u32 b) {
+    u32 v;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+__device__ __forceinline__ u32 larger_bfloats(u32 a, u32 b) {
+    u32 v;
+#if __CUDA_ARCH__ >= 860
+    asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+#else
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
+#endif
+    return v;
+}
+__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
+    u32 v;
+#if __CUDA_ARCH__ >= 860
+    asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+#else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
+#endif
+    return v;
+}
 // Products of four bytes each, and `sum`.
 __device__ __forceinline__ u32 dot4(u32 a, u32 b, u32 sum) {
     asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
     return sum;
 }
+// Products of `a`'s halves with the two low bytes of `b`, and `sum`.
+__device__ __forceinline__ u32 dot2(u32 a, u32 b, u32 sum) {
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
 
 // ---- a warp at once ----
 
-// rANS, one word: where `state` has grown too large for two `frequencies`, its low half goes below `words_at` in shared memory, in the order
-// of the lanes. `below`: lanes_before().
-__device__ __forceinline__ void emit_word(u32 &state, u32 &words_at, u32 frequencies, u32 below) {
+// rANS, one word: where `state` is above `limit`, its low half goes below `words_at` in shared memory, in the order of the lanes. `behind`:
+// lanes_behind().
+__device__ __forceinline__ void emit_word(u32 &state, u32 &words_at, u32 limit, u32 behind) {
     asm volatile(
-        "{ .reg .pred full; .reg .u32 v, mask, rank; .reg .u16 word;\n\t"
-        "shr.u32 v, %0, 16;\n\t"
-        "setp.ge.u32 full, v, %2;\n\t"
+        "{ .reg .pred full; .reg .u32 mask, rank; .reg .u16 word;\n\t"
+        "setp.gt.u32 full, %0, %2;\n\t"
         "vote.sync.ballot.b32 mask, full, 0xffffffff;\n\t"
         "and.b32 rank, mask, %3;\n\t"
-        "popc.b32 mask, mask;\n\t"
         "popc.b32 rank, rank;\n\t"
+        "popc.b32 mask, mask;\n\t"
+        "mad.lo.u32 rank, rank, -2, %1;\n\t"
         "mad.lo.u32 %1, mask, -2, %1;\n\t"
-        "mad.lo.u32 rank, rank, 2, %1;\n\t"
         "cvt.u16.u32 word, %0;\n\t"
         "@full st.shared.u16 [rank], word;\n\t"
-        "@full mov.u32 %0, v; }"
+        "@full shr.u32 %0, %0, 16; }"
         : "+r"(state), "+r"(words_at)
-        : "r"(frequencies), "r"(below)
+        : "r"(limit), "r"(behind)
         : "memory");
 }
 // The other way round: where `state` has become small, the next word in shared memory goes below it.
