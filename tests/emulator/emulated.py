@@ -80,7 +80,7 @@ def load(case: Case, kernel: str, device: int) -> Loaded:
     threads, shared_bytes = 32 * shape.warps, case.table_bytes[kernel] + shape.warps * shape.warp_bytes
     defines = tuple(case.defines(kernel, threads).items())
     loaded: Any = compiled(case.source(kernel), defines, ENTRIES[kernel])
-    return Loaded(loaded, threads, shared_bytes, 1, BLOCKS)
+    return Loaded(loaded, threads, shared_bytes, 1, BLOCKS, shape.round_time)
 
 
 def load_transform(case: transform.TransformCase, device: int) -> tuple[Any, int, int]:

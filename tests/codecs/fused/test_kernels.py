@@ -12,8 +12,8 @@ pytest.importorskip("cuda.bindings.nvrtc")
 
 from kvferry.codecs import fitting
 from kvferry.codecs.fused import kernels, transform
-from kvferry.codecs.fused.kernels import DECODE, ENCODE, ENTRIES, RETRY, SHAPES, Case
-from kvferry.device.nvrtc import compile_cubin
+from kvferry.codecs.fused.kernels import DECODE, DECODE_FEW, ENCODE, ENTRIES, RETRY, SHAPES, Case, Loaded
+from kvferry.device.nvrtc import Arguments, compile_cubin
 from kvferry.format import slot
 from kvferry.packing.ans.tables import PROB_BITS, family
 
@@ -38,6 +38,7 @@ CASES += [exact("lossless", "ans", FP16, lanes=ALL, paged=False), exact("raw", "
 COMPILED = [("sm_90", case) for case in CASES]
 COMPILED += [(arch, case) for arch in ("sm_80", "sm_100") for case in (CASES[0], exact("lossless", "ans", BF16))]
 KERNELS = [(kernel, arch, case) for kernel in (ENCODE, DECODE) for arch, case in COMPILED]
+KERNELS += [(DECODE_FEW, arch, case) for arch, case in COMPILED if case.packing == "ans"]
 KERNELS += [(RETRY, arch, case) for arch, case in COMPILED if case.codec == "bounded" and case.paged]
 
 
@@ -96,6 +97,50 @@ def test_a_warp_has_the_shared_memory_that_its_stage_takes(packing: str) -> None
     small = 2 * 128 * groups + 128
     assert SHAPES[ENCODE, packing].warp_bytes == 64 * 128 + 64 * 128 // 8 + 4 * small
     assert SHAPES[DECODE, packing].warp_bytes == 4 * {"ans": 1024, "bitpack": 2048}[packing]
+    assert SHAPES.get((DECODE_FEW, packing), SHAPES[DECODE, packing]).warp_bytes == SHAPES[DECODE, packing].warp_bytes
+
+
+class FakeKernel:
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, int]] = []
+
+    def launch(self, grid: int, block: int, shared_bytes: int, arguments: object) -> None:
+        self.grids.append((grid, block))
+
+
+def loaded(kernel: str) -> Loaded:
+    """`kernel` of `ans` on a GPU with 132 multiprocessors."""
+    shape = SHAPES[kernel, "ans"]
+    return Loaded(FakeKernel(), 32 * shape.warps, 0, shape.blocks, 132, shape.round_time)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_sms", "expected"),
+    [
+        (1, None, DECODE),
+        (28 * 132, None, DECODE),
+        (28 * 132 + 1, None, DECODE_FEW),  # two rounds of 28 warps, one of 32
+        (4096, None, DECODE_FEW),
+        (32 * 132 + 1, None, DECODE),
+        (32768, None, DECODE),
+        (28 * 16 + 1, 16, DECODE_FEW),
+        (28 * 132 + 1, 1000, DECODE_FEW),
+    ],
+)
+def test_a_batch_is_decoded_in_the_shape_that_takes_least_time(
+    num_tiles: int, num_sms: int | None, expected: str
+) -> None:
+    times = {kernel: loaded(kernel).time(num_tiles, num_sms) for kernel in (DECODE, DECODE_FEW)}
+    assert min(times, key=times.__getitem__) == expected
+
+
+def test_few_tiles_are_a_block_each() -> None:
+    kernel = loaded(DECODE)
+    arguments = Arguments()
+    kernel.launch(5, None, arguments)
+    kernel.launch(32768, None, arguments)
+    kernel.launch(32768, 16, arguments)
+    assert kernel.kernel.grids == [(5, 448), (264, 448), (32, 448)]  # type: ignore[attr-defined]
 
 
 # A structure's fields in order, in the order of the CUDA source: a field added on one side only shifts all that follow.

@@ -15,7 +15,7 @@ from kvferry.blocks import BIT_DTYPES
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.bounded.steps import round_down
 from kvferry.codecs.fused import kernels
-from kvferry.codecs.fused.kernels import DECODE, ENCODE, RETRY, Case, Loaded, SlotFacts
+from kvferry.codecs.fused.kernels import ENCODE, RETRY, Case, Loaded, SlotFacts
 from kvferry.codecs.fused.tables import decoder_table, encoder_tables
 from kvferry.device.nvrtc import Arguments, current_stream_handle, make_current, zero_words
 from kvferry.format.frame import MODES, PACKINGS
@@ -128,8 +128,8 @@ class _Prepared:
         return kernels.load(self.case, RETRY, self.device.index)
 
     @cached_property
-    def decoder(self) -> Loaded:
-        return kernels.load(self.case, DECODE, self.device.index)
+    def decoders(self) -> tuple[Loaded, ...]:
+        return kernels.load_decoders(self.case, self.device.index)
 
     @cached_property
     def tables(self) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]:
@@ -170,7 +170,8 @@ class _Prepared:
             status=status.data_ptr(),
             facts=self.sink.facts,
         )
-        self.decoder.launch(source.num_tiles, self.num_sms, Arguments(source, data, self.tables[2]))
+        decoder = min(self.decoders, key=lambda each: each.time(source.num_tiles, self.num_sms))
+        decoder.launch(source.num_tiles, self.num_sms, Arguments(source, data, self.tables[2]))
 
 
 _PREPARED: "WeakKeyDictionary[SlotCodec, _Prepared]" = WeakKeyDictionary()
