@@ -28,8 +28,11 @@ struct Columns {
 
 // The slow way: the entries' numbers in place of the bytes.
 template <int CPL>
-__device__ __noinline__ bool stage_columns(const Rows<CPL> rows, int tokens, int channels, const Quantisers<CPL> quantisers, const Columns<CPL> columns,
-                                           const Stage stage, int lane) {
+__device__ __noinline__ bool stage_columns(int tile_index, const Quantisers<CPL> quantisers, const Columns<CPL> columns, const Stage stage, int lane) {
+    const Source &s = the_source;
+    const Tile tile(s, tile_index);
+    const Rows<CPL> rows(s, tile, lane);
+    const int tokens = tile.tokens, channels = tile.channels;
     int previous[CPL];
     bool any_exact = false;
 #pragma unroll 1
@@ -105,7 +108,7 @@ __device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<C
 }
 
 template <int CPL>
-__device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, int channels, const Quantisers<CPL> &quantisers,
+__device__ __forceinline__ Coded encode_ans(int tile_index, int count, int tokens, int channels, const Quantisers<CPL> &quantisers,
                                             const Choice<CPL> &choice, const Gathered<CPL> &gathered, const Stage &stage, u32 tables, u8 *low_out,
                                             int low_index, int lane) {
     const u32 behind = lanes_behind(), idle = tables + (IDLE_TABLE * ALPHABET + MIDDLE) * 8;
@@ -117,7 +120,7 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
     for (int k = 0; k < CPL; ++k) {
         int table;
         table_and_shift(choice.klass[0][k], table, columns.shift[k]);
-        if (k >= rows.count) {
+        if (k >= count) {
             table = IDLE_TABLE;
             columns.shift[k] = LOW_BITS;
         }
@@ -136,13 +139,13 @@ __device__ __forceinline__ Coded encode_ans(const Rows<CPL> &rows, int tokens, i
     const bool low = BOUNDED && __any_sync(FULL, most_shift);
     u64 low_sum = 0;
     if (BOUNDED ? gathered.fast && low : LOW_BITS && low_out)
-        low_sum = split_columns<CPL>(tokens, rows.count, columns, stage, low_out, low_index, lane);
+        low_sum = split_columns<CPL>(tokens, count, columns, stage, low_out, low_index, lane);
     if (low_out) {  // in memory: registers are dear in the loop below
         store_shared(stage.small_at(LOW_SUM_AT + 2 * lane), (u32)low_sum);
         store_shared(stage.small_at(LOW_SUM_AT + 2 * lane + 1), (u32)(low_sum >> 32));
     }
     if (BOUNDED && (low || !gathered.fast)) {
-        if (!gathered.fast) coded.any_exact |= stage_columns<CPL>(rows, tokens, channels, quantisers, columns, stage, lane);
+        if (!gathered.fast) coded.any_exact |= stage_columns<CPL>(tile_index, quantisers, columns, stage, lane);
         before = 0;
 #pragma unroll
         for (int k = 0; k < CPL; ++k) columns.offset[k] = columns.first_offset[k] = 0;

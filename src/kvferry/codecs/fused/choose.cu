@@ -196,4 +196,19 @@ struct Layout {
         low_at = bases_at + pad4((num_bases * small_bits(base_code) + 7) / 8);
         words_at = low_at + 4 * low_words;
     }
+
+    static constexpr int KEPT = 13;  // words: what all lanes have in common
+    // Through shared memory while registers are dear.
+    __device__ __forceinline__ void keep(u32 address, int lane) const {
+        const int all[KEPT] = {least_class, least_base, num_groups, num_bases, low_words, class_code, base_code, planes_at, steps_at, classes_at, bases_at, low_at, words_at};
+        if (lane == 0)
+#pragma unroll
+            for (int i = 0; i < KEPT; ++i) store_shared(address + 4 * i, (u32)all[i]);
+        __syncwarp();
+    }
+    __device__ __forceinline__ void fetch(u32 address) {
+        int *const all[KEPT] = {&least_class, &least_base, &num_groups, &num_bases, &low_words, &class_code, &base_code, &planes_at, &steps_at, &classes_at, &bases_at, &low_at, &words_at};
+#pragma unroll
+        for (int i = 0; i < KEPT; ++i) *all[i] = (int)load_shared(address + 4 * i);
+    }
 };

@@ -40,6 +40,8 @@ __device__ __noinline__ void finish_chunk(int chunk, u32 payload, int level, int
     }
     level &= FINAL - 1;
     const u64 *identity = sink.identities + 2 * chunk;
+    const bool foreseen = BOUNDED && the_bounds.foreseen();
+    const float bound = foreseen ? loosened(the_bounds.largest(the_source.num_lines, lane), looser_at(level)) : 0.0f;
     u32 v = 0;
     if (lane == 0) v = SLOT_MAGIC;
     else if (lane == 1) v = SLOT_VERSION | SLOT_HEADER << 16;
@@ -47,7 +49,7 @@ __device__ __noinline__ void finish_chunk(int chunk, u32 payload, int level, int
     else if (lane == 3) v = (fits ? USABLE : REJECTED) | (sink.ladder.searches ? 0 : level) << 8 | sink.facts.relative_to << 16;
     else if (lane == 4) v = tiles;
     else if (lane == 5) v = payload;
-    else if (lane == 6) v = BOUNDED && the_bounds.uniform() ? __float_as_uint(loosened(the_bounds.bound, looser_at(level))) : peek(&known.bound);
+    else if (lane == 6) v = foreseen ? __float_as_uint(bound) : peek(&known.bound);
     else if (lane == 7) v = sink.facts.layout_digest;
     else if (lane < 12) v = (u32)(identity[(lane - 8) / 2] >> (lane & 1 ? 32 : 0));
     else if (lane == 12) v = sink.facts.tokens;
@@ -89,33 +91,60 @@ __device__ __forceinline__ u64 planes_of(const Tile &tile, u8 *out, int planes_a
     return 0;
 }
 
-// A tile on its way: coded, its size published, its bytes (but for the planes, which are as they are in the source) in the warp's
-// scratch. It goes to its place one tile later, when those before it have long said how long they are: a warp hardly ever waits.
+// A warp's tile on its way: coded, its size published, its bytes (but for the planes, which are as they are in the source) in the warp's
+// scratch. It goes to its place one tile later, when those before it have long said how long they are: a warp hardly ever waits. In shared
+// memory: registers are dear, and the first-level cache, which holds what there are too few of, is small beside that.
 struct Pending {
     int tile, size, planes_at, gap;  // tile -1: none; gap: bytes of the planes; -1: a raw tile
-    u64 sum;                         // of the lane
+    int level;                       // that it was tried at
+    u64 sum[32];                     // of each lane
+
+    // By all lanes; seen by all behind the next __syncwarp.
+    __device__ __forceinline__ void set(const Pending &fields, u64 my_sum, int lane) {
+        if (lane == 0) {
+            tile = fields.tile;
+            size = fields.size;
+            planes_at = fields.planes_at;
+            gap = fields.gap;
+            if (RETRY) level = fields.level;
+        }
+        sum[lane] = my_sum;
+    }
+    __device__ __forceinline__ void clear(int lane) {
+        if (lane == 0) tile = -1;
+        __syncwarp();
+    }
 };
+
+__shared__ Pending the_pending[KVF_THREADS / 32];
 
 constexpr int SCRATCH_BYTES = 8192;
 
-__shared__ int the_pending_level[KVF_THREADS / 32];  // of each warp's; registers are dear
-
 __device__ __forceinline__ int level_of_round() { return RETRY ? the_round.level : the_sink.ladder.first; }
-__device__ __forceinline__ int level_of_pending() { return RETRY ? the_pending_level[threadIdx.x >> 5] : the_sink.ladder.first; }
 
-__device__ __noinline__ void settle(const Pending pending, const u8 *scratch, int lane) {
+// The warp's scratch. Made when it is needed, like much else here.
+__device__ __forceinline__ u8 *own_scratch() {
+    return the_sink.scratch + ((i64)blockIdx.x * (KVF_THREADS / 32) + (threadIdx.x >> 5)) * SCRATCH_BYTES;
+}
+
+// To its place, if there is one.
+__device__ __noinline__ void settle(int lane) {
+    const Pending &pending = the_pending[threadIdx.x >> 5];
+    const int index = pending.tile;
+    __syncwarp();  // all lanes have seen it before one of them sets the next
+    if (index < 0) return;
     const Source &s = the_source;
     const Sink &sink = the_sink;
-    const Tile tile(s, pending.tile);
+    const Tile tile(s, index);
     i64 end;
-    Writer writer = {place(s, sink, tile, pending.size, end, lane), pending.sum};
+    Writer writer = {place(s, sink, tile, pending.size, end, lane), pending.sum[lane]};
     if (writer.out) {
         if (pending.gap < 0) {
             writer.sum = write_raw(tile.index, writer.out, lane);
         } else {
             // All loads of a batch before its stores: one latency for 2 KiB. A lane's words lie apart: a place is a multiple of 4, and stores
             // of more would not fill the sectors of memory that they touch.
-            const u32 *words = (const u32 *)scratch;
+            const u32 *words = (const u32 *)own_scratch();
             u32 *out = (u32 *)writer.out;
             const int before = pending.planes_at / 4, gap = pending.gap / 4, count = pending.size / 4 - gap;
             for (int first = lane; first < count; first += 32 * 16) {
@@ -133,7 +162,8 @@ __device__ __noinline__ void settle(const Pending pending, const u8 *scratch, in
         }
         write_directory(s, sink, tile, writer, pending.size, end, lane);
     }
-    settled(tile.chunk, tile.local, end, level_of_pending(), lane);
+    settled(tile.chunk, tile.local, end, RETRY ? pending.level : sink.ladder.first, lane);
+    __syncwarp();
 }
 
 // Warps of a block go through a tile's phases together, so that the code of one phase at a time needs to be at hand. Warps without a
@@ -144,11 +174,15 @@ __device__ __forceinline__ void next_phase() { __syncthreads(); }
 
 template <int CPL>
 __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, const Tile &tile, const Bounds &bounds, const int *radius,
-                                            u32 tables, const Stage &stage, u8 *scratch, Pending &pending, int lane) {
+                                            u32 tables, const Stage &stage, int lane) {
+    Pending &pending = the_pending[threadIdx.x >> 5];
     const int tokens = tile.tokens, channels = tile.channels, raw_size = tile.raw_size();
     if constexpr (RAW) {
         publish(sink, tile, 0.0f, raw_size, lane);
-        settle(Pending{tile.index, raw_size, 0, -1, 0}, scratch, lane);
+        pending.set({tile.index, raw_size, 0, -1, level_of_round()}, 0, lane);
+        __syncwarp();
+        settle(lane);
+        pending.clear(lane);
         return;
     } else {
         const Rows<CPL> rows(s, tile, lane);
@@ -183,8 +217,9 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         }
         __syncwarp();
         next_phase();
-        const Layout<CPL> layout(choice, tokens, channels, rows.count, lane);
+        Layout<CPL> layout(choice, tokens, channels, rows.count, lane);
         __syncwarp();  // the list of repairs is done with
+        if (ANS) layout.keep(stage.small_at(LAYOUT_AT), lane);
 #pragma unroll
         for (int b = 0; b < NUM_GROUPS; ++b) {
             if (b * GROUP >= tokens) break;
@@ -209,13 +244,12 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
 #pragma unroll
             for (int k = 0; k < CPL; ++k) narrow &= k >= rows.count || choice.width(0, k) <= 8;
             low_written = gathered.fast && layout.low_words && layout.words_at - gap <= SCRATCH_BYTES && __all_sync(FULL, narrow);
-            if (low_written && pending.tile >= 0) {
-                settle(pending, scratch, lane);
-                pending.tile = -1;
-                __syncwarp();
+            if (low_written) {
+                settle(lane);
+                pending.clear(lane);
             }
-            const Coded coded = encode_ans<CPL>(rows, tokens, channels, quantisers, choice, gathered, stage, tables,
-                                                low_written ? scratch - gap : nullptr, layout.low_at / 4 + layout.low_before[0], lane);
+            const Coded coded = encode_ans<CPL>(tile.index, rows.count, tokens, channels, quantisers, choice, gathered, stage, tables,
+                                                low_written ? own_scratch() - gap : nullptr, layout.low_at / 4 + layout.low_before[0], lane);
             num_words = coded.num_words;
             state = coded.state;
             any_exact = coded.any_exact;
@@ -243,28 +277,29 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
                 num_exact = warp_sum(mine);
             }
         }
+        if (ANS) layout.words_at = (int)load_shared(stage.small_at(LAYOUT_AT + 12));
         const int positions_at = layout.words_at + pad4(2 * num_words), exact_at = positions_at + pad4(2 * num_exact);
         const int coded_size = exact_at + pad4(KVF_ITEM * num_exact);
         const bool raw = hopeless || coded_size >= raw_size;
         const int size = raw ? raw_size : coded_size;
         publish(sink, tile, most_bound, size, lane);
         next_phase();
-        if (pending.tile >= 0) settle(pending, scratch, lane);
+        settle(lane);
+        if (ANS) layout.planes_at = (int)load_shared(stage.small_at(LAYOUT_AT + 7));
+        pending.set({tile.index, size, layout.planes_at, raw ? -1 : gap, level_of_round()}, 0, lane);
         __syncwarp();
-        pending = {tile.index, size, layout.planes_at, raw ? -1 : gap, 0};
-        if (RETRY && lane == 0) the_pending_level[threadIdx.x >> 5] = the_round.level;
-        if (RETRY) __syncwarp();
         if (raw) return;
+        if (ANS) layout.fetch(stage.small_at(LAYOUT_AT));
         // What does not fit the scratch goes to its place at once.
-        const bool at_once = size - pending.gap > SCRATCH_BYTES;
+        const bool at_once = size - gap > SCRATCH_BYTES;
         i64 end = 0;
-        u8 *const out = at_once ? place(s, sink, tile, size, end, lane) : scratch;
+        u8 *const out = at_once ? place(s, sink, tile, size, end, lane) : own_scratch();
         if (!out) {
-            pending.tile = -1;
+            pending.clear(lane);
             settled(tile.chunk, tile.local, end, level_of_round(), lane);
             return;
         }
-        Writer writer = {out, 0}, behind = {at_once ? out : out - pending.gap, 0};  // before and behind the planes
+        Writer writer = {out, 0}, behind = {at_once ? out : out - gap, 0};  // before and behind the planes
         if (lane < 4) {
             const u32 header[4] = {1u | (u32)layout.base_code << 8 | (u32)layout.class_code << 16 | (u32)layout.least_class << 24,
                                    (u32)num_words | (u32)num_exact << 16, (u32)layout.least_base,
@@ -307,10 +342,10 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         }
         if (num_exact) behind.sum += write_exact(tile.index, stage, positions_at, exact_at, num_exact, behind.out, lane);
         writer.sum += behind.sum;
-        pending.sum = writer.sum;
+        pending.sum[lane] = writer.sum;
         if (at_once) {
             write_directory(s, sink, tile, writer, size, end, lane);
-            pending.tile = -1;
+            pending.clear(lane);
             settled(tile.chunk, tile.local, end, level_of_round(), lane);
         }
         __syncwarp();
@@ -320,10 +355,9 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
 __device__ __noinline__ void encode_tiles(const int *radius, u32 tables, const Stage stage) {
     const Source &s = the_source;
     const Sink &sink = the_sink;
-    constexpr int WARPS = KVF_THREADS / 32;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    u8 *scratch = sink.scratch + ((i64)blockIdx.x * WARPS + warp) * SCRATCH_BYTES;
-    Pending pending = {-1};
+    Pending &pending = the_pending[warp];
+    pending.clear(lane);
     // A block takes a round of tiles, one a warp. Asking for the next ticket ahead of time makes everyone behind it wait: tried, 6% slower.
     for (;;) {
         u32 ticket = 0;
@@ -340,8 +374,8 @@ __device__ __noinline__ void encode_tiles(const int *radius, u32 tables, const S
         __syncthreads();
         if (RETRY && !the_round.active) {
             // What this block holds back may be what it waits for.
-            if (pending.tile >= 0) settle(pending, scratch, lane);
-            pending.tile = -1;
+            settle(lane);
+            pending.clear(lane);
             __syncthreads();
             if (threadIdx.x == 0) the_round = wait_for_round(ticket);
             __syncthreads();
@@ -354,12 +388,12 @@ __device__ __noinline__ void encode_tiles(const int *radius, u32 tables, const S
         const Tile tile(s, the_round.first + warp);
 #define KVF_ENCODE(CPL)                                                                                                     \
     case CPL:                                                                                                               \
-        encode_tile<CPL>(s, sink, tile, the_bounds, radius, tables, stage, scratch, pending, lane);           \
+        encode_tile<CPL>(s, sink, tile, the_bounds, radius, tables, stage, lane);           \
         break
         switch ((tile.channels + 31) / 32) { KVF_EACH_CPL(KVF_ENCODE) }
         __syncwarp();
     }
-    if (pending.tile >= 0) settle(pending, scratch, lane);
+    settle(lane);
 }
 
 // All tiles; with RETRY, the chunks that are on the list.

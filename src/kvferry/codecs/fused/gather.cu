@@ -11,7 +11,7 @@ constexpr int ORIGIN = LOSSLESS ? (int)(EXPONENT_MASK << LOW_BITS) : 0;
 constexpr int CODE_BYTES = TILE_TOKENS * 128, EXACT_WORDS = TILE_TOKENS * 128 / 32;
 // `small`: the list of repairs, then classes and behind them bases of all groups; ORIGINS_AT: what the bytes of each channel are counted from; that
 // done with, LOW_SUM_AT: the checksum of what low bits each lane wrote.
-constexpr int BASES_AT = 128 * NUM_GROUPS, ORIGINS_AT = 2 * BASES_AT, LOW_SUM_AT = ORIGINS_AT, SMALL_WORDS = ORIGINS_AT + 128;
+constexpr int BASES_AT = 128 * NUM_GROUPS, ORIGINS_AT = 2 * BASES_AT, LOW_SUM_AT = ORIGINS_AT, LAYOUT_AT = LOW_SUM_AT + 64, SMALL_WORDS = ORIGINS_AT + 128;
 constexpr int STAGE_BYTES = CODE_BYTES + 4 * EXACT_WORDS + 4 * SMALL_WORDS;
 
 struct Stage {

@@ -53,7 +53,7 @@ constexpr u32 SIZE_KNOWN = 1, PLACE_KNOWN = 2;  // status: words << 2 | one of t
 __device__ __forceinline__ void publish(const Sink &sink, const Tile &tile, float bound, int size, int lane) {
     if (lane) return;
     const u32 status = (u32)size / 4 << 2 | (tile.local ? SIZE_KNOWN : PLACE_KNOWN);
-    if (BOUNDED && !the_bounds.uniform()) {
+    if (BOUNDED && !the_bounds.foreseen()) {
         atomicMax(&sink.chunk(tile.chunk).bound, __float_as_uint(bound));
         poke_behind(sink.status(tile.index), status);
     } else {
