@@ -91,13 +91,15 @@ def test_the_source_agrees_with_the_host() -> None:
     assert int(constant("REJECTED")) == slot.SlotState.REJECTED
 
 
+@pytest.mark.parametrize("codec", ["bounded", "lossless"])
 @pytest.mark.parametrize("packing", ["ans", "bitpack"])
-def test_a_warp_has_the_shared_memory_that_its_stage_takes(packing: str) -> None:
+def test_a_warp_has_the_shared_memory_that_its_stage_takes(packing: str, codec: str) -> None:
     groups = {"ans": 1, "bitpack": 2}[packing]
     small = 2 * 128 * groups + 128
-    assert SHAPES[ENCODE, packing].warp_bytes == 64 * 128 + 64 * 128 // 8 + 4 * small
-    assert SHAPES[DECODE, packing].warp_bytes == 4 * {"ans": 1024, "bitpack": 2048}[packing]
-    assert SHAPES.get((DECODE_FEW, packing), SHAPES[DECODE, packing]).warp_bytes == SHAPES[DECODE, packing].warp_bytes
+    assert SHAPES[ENCODE, codec, packing].warp_bytes == 64 * 128 + 64 * 128 // 8 + 4 * small
+    decode = SHAPES[DECODE, codec, packing]
+    assert decode.warp_bytes == 4 * {"ans": 1024, "bitpack": 2048}[packing]
+    assert SHAPES.get((DECODE_FEW, codec, packing), decode).warp_bytes == decode.warp_bytes
 
 
 class FakeKernel:
@@ -110,7 +112,7 @@ class FakeKernel:
 
 def loaded(kernel: str) -> Loaded:
     """`kernel` of `ans` on a GPU with 132 multiprocessors."""
-    shape = SHAPES[kernel, "ans"]
+    shape = SHAPES[kernel, "bounded", "ans"]
     return Loaded(FakeKernel(), 32 * shape.warps, 0, shape.blocks, 132, shape.round_time)  # type: ignore[arg-type]
 
 

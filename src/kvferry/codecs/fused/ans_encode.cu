@@ -109,7 +109,7 @@ __device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<C
 
 template <int CPL>
 __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int tokens, int channels, const Quantisers<CPL> &quantisers,
-                                            const Choice<CPL> &choice, const Gathered<CPL> &gathered, const Stage &stage, u32 tables, u8 *low_out,
+                                            const Choice<CPL> &choice, const Gathered &gathered, const Stage &stage, u32 tables, u8 *low_out,
                                             int low_index, int lane) {
     const u32 behind = lanes_behind(), idle = tables + (IDLE_TABLE * ALPHABET + MIDDLE) * 8;
     const int groups = (tokens + 3) / 4;
@@ -129,7 +129,7 @@ __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int token
         if constexpr (LOSSLESS) {
             columns.offset[k] = columns.first_offset[k] = -((int)EXPONENT_MASK + choice.base[0][k]) * (1 << LOW_BITS);
         } else {
-            const int rounded = ((1 << columns.shift[k]) >> 1) + (MIDDLE << columns.shift[k]), from = gathered.fast ? gathered.origin[k] : 0;
+            const int rounded = ((1 << columns.shift[k]) >> 1) + (MIDDLE << columns.shift[k]), from = gathered.fast ? stage.origin(lane * CPL + k) : 0;
             columns.first_offset[k] = rounded - choice.base[0][k] + from;
             columns.offset[k] = DELTA ? rounded : columns.first_offset[k];
         }

@@ -4,7 +4,7 @@
 // that, or the tile takes the slow way, they are written to the slot straight from the source (write_streams).
 
 template <int CPL>
-__device__ __forceinline__ bool stage_streams(int tokens, const Choice<CPL> &choice, const Layout<CPL> &layout, const Gathered<CPL> &gathered,
+__device__ __forceinline__ bool stage_streams(int tokens, const Choice<CPL> &choice, const Layout<CPL> &layout, const Gathered &gathered,
                                               const Stage &stage, int count, int lane) {
     constexpr int BLOCK_BYTES = 8 * 128 * CPL;
     if (!gathered.fast) return false;
@@ -23,7 +23,7 @@ __device__ __forceinline__ bool stage_streams(int tokens, const Choice<CPL> &cho
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
             widths[k] = k < count ? b ? choice.klass[NUM_GROUPS - 1][k] : choice.klass[0][k] : 0;
-            bases[k] = (b ? choice.base[NUM_GROUPS - 1][k] : choice.base[0][k]) - gathered.origin[k];
+            bases[k] = (b ? choice.base[NUM_GROUPS - 1][k] : choice.base[0][k]) - stage.origin(lane * CPL + k);
         }
         __syncwarp();
         u32 at = stage.codes + b * BLOCK_BYTES + 4 * (b ? layout.low_before[NUM_GROUPS - 1] - first_words : layout.low_before[0]);

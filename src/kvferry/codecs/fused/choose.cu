@@ -139,6 +139,7 @@ __device__ __noinline__ Choice<CPL> choose_slowly(const Rows<CPL> rows, int toke
 }
 
 // Where the sections of a tile lie, as far as it does not depend on the coder.
+constexpr int LAYOUT_WORDS = 13;  // that all lanes have in common
 template <int CPL>
 struct Layout {
     int least_class, least_base, num_groups, num_bases, low_words;
@@ -197,18 +198,20 @@ struct Layout {
         words_at = low_at + 4 * low_words;
     }
 
-    static constexpr int KEPT = 13;  // words: what all lanes have in common
-    // Through shared memory while registers are dear.
-    __device__ __forceinline__ void keep(u32 address, int lane) const {
-        const int all[KEPT] = {least_class, least_base, num_groups, num_bases, low_words, class_code, base_code, planes_at, steps_at, classes_at, bases_at, low_at, words_at};
-        if (lane == 0)
+    // Through shared memory, while registers are dear.
+    __device__ __forceinline__ void keep(int (&kept)[LAYOUT_WORDS], int lane) const {
+        const int all[LAYOUT_WORDS] = {least_class, least_base, num_groups, num_bases, low_words, class_code, base_code,
+                                       planes_at, steps_at, classes_at, bases_at, low_at, words_at};
+        if (lane == 0) {
 #pragma unroll
-            for (int i = 0; i < KEPT; ++i) store_shared(address + 4 * i, (u32)all[i]);
+            for (int i = 0; i < LAYOUT_WORDS; ++i) kept[i] = all[i];
+        }
         __syncwarp();
     }
-    __device__ __forceinline__ void fetch(u32 address) {
-        int *const all[KEPT] = {&least_class, &least_base, &num_groups, &num_bases, &low_words, &class_code, &base_code, &planes_at, &steps_at, &classes_at, &bases_at, &low_at, &words_at};
+    __device__ __forceinline__ void fetch(const int (&kept)[LAYOUT_WORDS]) {
+        int *const all[LAYOUT_WORDS] = {&least_class, &least_base, &num_groups, &num_bases, &low_words, &class_code, &base_code,
+                                        &planes_at, &steps_at, &classes_at, &bases_at, &low_at, &words_at};
 #pragma unroll
-        for (int i = 0; i < KEPT; ++i) *all[i] = (int)load_shared(address + 4 * i);
+        for (int i = 0; i < LAYOUT_WORDS; ++i) *all[i] = kept[i];
     }
 };

@@ -41,7 +41,7 @@ __device__ __noinline__ void finish_chunk(int chunk, u32 payload, int level, int
     level &= FINAL - 1;
     const u64 *identity = sink.identities + 2 * chunk;
     const bool foreseen = BOUNDED && the_bounds.foreseen();
-    const float bound = foreseen ? loosened(the_bounds.largest(the_source.num_lines, lane), looser_at(level)) : 0.0f;
+    const float bound = foreseen ? loosened(largest_bound(the_bounds, the_source.num_lines, lane), looser_at(level)) : 0.0f;
     u32 v = 0;
     if (lane == 0) v = SLOT_MAGIC;
     else if (lane == 1) v = SLOT_VERSION | SLOT_HEADER << 16;
@@ -117,6 +117,7 @@ struct Pending {
 };
 
 __shared__ Pending the_pending[KVF_THREADS / 32];
+__shared__ int the_layouts[KVF_THREADS / 32][LAYOUT_WORDS];  // of the tiles that warps are coding
 
 constexpr int SCRATCH_BYTES = 8192;
 
@@ -166,9 +167,9 @@ __device__ __noinline__ void settle(int lane) {
     __syncwarp();
 }
 
-// Warps of a block go through a tile's phases together, so that the code of one phase at a time needs to be at hand. Warps without a
-// tile come along.
-constexpr int PHASES = RAW ? 0 : 2;
+// Warps of a block go through a tile's phases together, so that the code of one phase at a time needs to be at hand: gathering, coding, and
+// (where that is worth a barrier) writing. Warps without a tile come along.
+constexpr int PHASES = RAW ? 0 : LOSSLESS ? 2 : 1;
 
 __device__ __forceinline__ void next_phase() { __syncthreads(); }
 
@@ -206,7 +207,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         for (int i = lane; i < EXACT_WORDS; i += 32) store_shared(stage.exact_at(i), 0);
         if (lane == 0) store_shared(stage.small_at(REPAIRS), 0);
         __syncwarp();
-        Gathered<CPL> gathered;
+        Gathered gathered;
         Choice<CPL> choice;
         gather<CPL>(s, tile, rows, ahead, at, quantisers, radius, stage, lane, gathered, choice);
         if (BOUNDED && !gathered.fast) {
@@ -219,7 +220,8 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         next_phase();
         Layout<CPL> layout(choice, tokens, channels, rows.count, lane);
         __syncwarp();  // the list of repairs is done with
-        if (ANS) layout.keep(stage.small_at(LAYOUT_AT), lane);
+        int(&kept)[LAYOUT_WORDS] = the_layouts[threadIdx.x >> 5];
+        if (ANS) layout.keep(kept, lane);
 #pragma unroll
         for (int b = 0; b < NUM_GROUPS; ++b) {
             if (b * GROUP >= tokens) break;
@@ -277,19 +279,18 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
                 num_exact = warp_sum(mine);
             }
         }
-        if (ANS) layout.words_at = (int)load_shared(stage.small_at(LAYOUT_AT + 12));
+        if (ANS) layout.fetch(kept);
         const int positions_at = layout.words_at + pad4(2 * num_words), exact_at = positions_at + pad4(2 * num_exact);
         const int coded_size = exact_at + pad4(KVF_ITEM * num_exact);
         const bool raw = hopeless || coded_size >= raw_size;
         const int size = raw ? raw_size : coded_size;
         publish(sink, tile, most_bound, size, lane);
-        next_phase();
+        if (PHASES > 1) next_phase();
         settle(lane);
-        if (ANS) layout.planes_at = (int)load_shared(stage.small_at(LAYOUT_AT + 7));
+        if (ANS) layout.fetch(kept);
         pending.set({tile.index, size, layout.planes_at, raw ? -1 : gap, level_of_round()}, 0, lane);
         __syncwarp();
         if (raw) return;
-        if (ANS) layout.fetch(stage.small_at(LAYOUT_AT));
         // What does not fit the scratch goes to its place at once.
         const bool at_once = size - gap > SCRATCH_BYTES;
         i64 end = 0;

@@ -11,7 +11,7 @@ constexpr int ORIGIN = LOSSLESS ? (int)(EXPONENT_MASK << LOW_BITS) : 0;
 constexpr int CODE_BYTES = TILE_TOKENS * 128, EXACT_WORDS = TILE_TOKENS * 128 / 32;
 // `small`: the list of repairs, then classes and behind them bases of all groups; ORIGINS_AT: what the bytes of each channel are counted from; that
 // done with, LOW_SUM_AT: the checksum of what low bits each lane wrote.
-constexpr int BASES_AT = 128 * NUM_GROUPS, ORIGINS_AT = 2 * BASES_AT, LOW_SUM_AT = ORIGINS_AT, LAYOUT_AT = LOW_SUM_AT + 64, SMALL_WORDS = ORIGINS_AT + 128;
+constexpr int BASES_AT = 128 * NUM_GROUPS, ORIGINS_AT = 2 * BASES_AT, LOW_SUM_AT = ORIGINS_AT, SMALL_WORDS = ORIGINS_AT + 128;
 constexpr int STAGE_BYTES = CODE_BYTES + 4 * EXACT_WORDS + 4 * SMALL_WORDS;
 
 struct Stage {
@@ -21,6 +21,8 @@ struct Stage {
 
     __device__ __forceinline__ u32 exact_at(int word) const { return codes + CODE_BYTES + 4 * word; }  // addresses of the same
     __device__ __forceinline__ u32 small_at(int word) const { return exact_at(EXACT_WORDS + word); }
+    // Code = byte + origin, of a channel.
+    __device__ __forceinline__ int origin(int channel) const { return BOUNDED ? (int)load_shared(small_at(ORIGINS_AT + channel)) - ROUNDER_BITS : -ORIGIN; }
 };
 
 __device__ __forceinline__ void mark_exact(const Stage &stage, int position) { atomicOr(stage.exact + (position >> 5), 1u << (position & 31)); }
@@ -49,15 +51,13 @@ struct Specials {
     }
 };
 
-// What the bytes of a lane's channels are counted from, and what became of them.
-template <int CPL>
+// What became of a tile: whether each code fits a byte, and any value is stored in its own bits.
 struct Gathered {
-    int origin[CPL];  // code = byte + origin
     bool fast, any_exact;
 };
 
-// How many times four rows are on their way. Where there is little to do with them, their latency shows; the quantiser has no registers for more.
-constexpr int AHEAD = LOSSLESS ? 2 : 1;
+// How many times four rows are on their way. More than once hides more of their latency, and takes registers that cost more.
+constexpr int AHEAD = 1;
 
 // Rows with values whose nearest code may miss the bound are listed, and looked at after the rest: few, but each waits for memory.
 constexpr int REPAIRS = ORIGINS_AT - 1;  // small[REPAIRS] counts them; an entry is token << 8 | lane
@@ -116,7 +116,7 @@ __device__ __noinline__ bool repair(int index, const Quantisers<CHANNEL_STEPS ? 
 
 // Bases and classes from the bytes (`ans` in the mode `fixed` takes them from first guesses, on the way).
 template <int CPL>
-__device__ __forceinline__ void summarise(int tokens, const int *radius, const Stage &stage, int lane, const Gathered<CPL> &gathered, Choice<CPL> &choice) {
+__device__ __forceinline__ void summarise(int tokens, const int *radius, const Stage &stage, int lane, Choice<CPL> &choice) {
     choice.apart = 0;
 #pragma unroll 1
     for (int b = 0; b < NUM_GROUPS; ++b) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void summarise(int tokens, const int *radius, const S
             for (int k = 0; k < CPL; ++k) {
                 if constexpr (DELTA) {
                     if (t0 == b * GROUP) {
-                        first[k] = (int)(packed[k] & 255) + gathered.origin[k];
+                        first[k] = (int)(packed[k] & 255) + stage.origin(lane * CPL + k);
                         previous[k] = packed[k] & 255;
                     }
 #pragma unroll
@@ -185,7 +185,7 @@ __device__ __forceinline__ void summarise(int tokens, const int *radius, const S
             } else if constexpr (DELTA) {
                 chosen.differences(0, k, length, first[k], squares[k], reach[k], radius);
             } else {
-                chosen.range(0, k, low + gathered.origin[k], high + gathered.origin[k]);
+                chosen.range(0, k, low + stage.origin(lane * CPL + k), high + stage.origin(lane * CPL + k));
             }
             choice.base[NUM_GROUPS - 1][k] = chosen.base[0][k];
             choice.klass[NUM_GROUPS - 1][k] = chosen.klass[0][k];
@@ -214,7 +214,7 @@ __device__ __forceinline__ u32 surely_within(float bound) {
 
 template <int CPL>
 __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const Rows<CPL> &rows, u32 (&ahead)[AHEAD][4][Rows<CPL>::PACKED], const u8 *p,
-                                       const Quantisers<CPL> &quantisers, const int *radius, const Stage &stage, int lane, Gathered<CPL> &gathered, Choice<CPL> &choice) {
+                                       const Quantisers<CPL> &quantisers, const int *radius, const Stage &stage, int lane, Gathered &gathered, Choice<CPL> &choice) {
     constexpr int PACKED = Rows<CPL>::PACKED;
     const int tokens = tile.tokens;
     const Quantiser(&quantiser)[CPL] = quantisers.each;
@@ -225,13 +225,11 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     u32 sum[CPL], squares[CPL];
 #pragma unroll
     for (int k = 0; k < CPL; ++k) {
-        gathered.origin[k] = -ORIGIN;
         sum[k] = squares[k] = 0;
         if constexpr (BOUNDED) {
             const float scaled = __fmul_rn(Rows<CPL>::number(ahead[0][0], k), quantiser[k].inverse);
             gathered.fast &= fabsf(scaled) < 2097152.0f;
             const int bits = __float_as_int(scaled + ROUNDER);
-            gathered.origin[k] = bits - ROUNDER_BITS - 128;
             store_shared(offsets + 4 * k, (u32)(bits - 128));
         }
     }
@@ -346,9 +344,9 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     if constexpr (BOUNDED && ANS && !DELTA) {
         choice.apart = 0;
 #pragma unroll
-        for (int k = 0; k < CPL; ++k) choice.centre_of_bytes(0, k, (u32)tokens, gathered.origin[k], sum[k], squares[k]);
+        for (int k = 0; k < CPL; ++k) choice.centre_of_bytes(0, k, (u32)tokens, stage.origin(lane * CPL + k), sum[k], squares[k]);
     } else {
-        summarise<CPL>(tokens, radius, stage, lane, gathered, choice);
+        summarise<CPL>(tokens, radius, stage, lane, choice);
     }
 }
 

@@ -21,8 +21,8 @@ CODECS = {"raw": 0, "lossless": 1, "bounded": 2}
 PACKINGS = {"none": 0, "ans": 1, "bitpack": 2}
 BASES = {Bases.ALL: 0, Bases.NONE: 1, Bases.APART: 2}
 ENCODE, RETRY, DECODE, DECODE_FEW = "encode", "retry", "decode", "decode_few"
-"""What a kernel does. RETRY encodes chunks that did not fit their slots once more. DECODE_FEW is DECODE in another shape,
-for batches of few tiles."""
+"""What a kernel does. RETRY encodes chunks that did not fit their slots once more. DECODE_FEW is DECODE in another
+shape, for batches of few tiles."""
 ENTRIES = {ENCODE: "kvf_encode", RETRY: "kvf_encode", DECODE: "kvf_decode", DECODE_FEW: "kvf_decode"}
 SCRATCH_BYTES = 8192
 """Of each warp that encodes (encode.cu)."""
@@ -70,7 +70,7 @@ class Case:
         }
 
     def shape(self, kernel: str) -> "Shape":
-        return SHAPES[ENCODE if kernel == RETRY else kernel, self.packing]
+        return SHAPES[ENCODE if kernel == RETRY else kernel, self.codec, self.packing]
 
     def source(self, kernel: str) -> str:
         """CUDA C++ of `kernel`."""
@@ -81,6 +81,10 @@ class Case:
             parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode", "place", "fit", "write", "encode"]
         folder = files(__package__)
         return "".join(folder.joinpath(f"{part}.cu").read_text() for part in parts)
+
+
+_STATIC_BYTES = 4096
+"""At least as much shared memory as a block takes besides tables and stages."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +101,22 @@ class Shape:
 
 # A byte and a bit a value; behind them lists, classes, bases (gather.cu).
 _ENCODE_STAGE = TILE_VALUES + TILE_VALUES // 8
-# On an H200 12 to 20 encoding warps a multiprocessor differ by 10%, 4 blocks of 4 being best at small batches: the
-# loops are bound by the integer pipe, what lies between them by the latencies of one warp (docs/architecture.md).
+# On an H200, 16 warps of 128 registers encode fastest. In blocks of 8 more of them share the tables of `ans`, which
+# leaves the first-level cache more room; in blocks of 4 they wait less for one another (docs/architecture.md).
+_ENCODE_ANS, _ENCODE_BITPACK = _ENCODE_STAGE + 4 * 384, _ENCODE_STAGE + 4 * 640
 SHAPES = {
-    (ENCODE, "ans"): Shape(4, 4, _ENCODE_STAGE + 4 * 384),
-    (ENCODE, "bitpack"): Shape(4, 4, _ENCODE_STAGE + 4 * 640),
-    (ENCODE, "none"): Shape(8, 4, _ENCODE_STAGE + 4 * 640),
-    # 28 warps of 72 registers decode 8% faster than 32 of 64, but for the batches that those take in one round less.
-    (DECODE, "ans"): Shape(14, 2, 4096),
-    (DECODE_FEW, "ans"): Shape(16, 2, 4096, 1.2),
-    (DECODE, "bitpack"): Shape(10, 2, 8192),
-    (DECODE, "none"): Shape(8, 4, 8192),
+    (ENCODE, "bounded", "ans"): Shape(8, 2, _ENCODE_ANS),
+    (ENCODE, "bounded", "bitpack"): Shape(8, 2, _ENCODE_BITPACK),
+    (ENCODE, "lossless", "ans"): Shape(4, 4, _ENCODE_ANS),
+    (ENCODE, "lossless", "bitpack"): Shape(4, 4, _ENCODE_BITPACK),
+    (ENCODE, "raw", "none"): Shape(8, 4, _ENCODE_BITPACK),
+    (DECODE, "raw", "none"): Shape(8, 4, 8192),
 }
+for _codec in ("bounded", "lossless"):
+    # 28 warps of 72 registers decode 8% faster than 32 of 64, but for the batches that those take in one round less.
+    SHAPES[DECODE, _codec, "ans"] = Shape(14, 2, 4096)
+    SHAPES[DECODE_FEW, _codec, "ans"] = Shape(16, 2, 4096, 1.2)
+    SHAPES[DECODE, _codec, "bitpack"] = Shape(10, 2, 8192)
 
 
 class Source(ctypes.Structure):
@@ -247,7 +255,7 @@ def load(case: Case, kernel: str, device: int) -> Loaded:
     properties = torch.cuda.get_device_properties(device)
     shape, tables = case.shape(kernel), case.table_bytes[kernel]
     most = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    warps = max(1, min(shape.warps, (most - 1024 - tables) // shape.warp_bytes))
+    warps = max(1, min(shape.warps, (most - _STATIC_BYTES - tables) // shape.warp_bytes))
     threads, shared_bytes = 32 * warps, tables + warps * shape.warp_bytes
     arch = f"sm_{properties.major}{properties.minor}"
     loaded = load_kernel(
@@ -259,7 +267,7 @@ def load(case: Case, kernel: str, device: int) -> Loaded:
 
 def load_decoders(case: Case, device: int) -> tuple[Loaded, ...]:
     """The kernels that decode, in all their shapes; the one for a batch is that of the least `Loaded.time`."""
-    shapes = [kernel for kernel in (DECODE, DECODE_FEW) if (kernel, case.packing) in SHAPES]
+    shapes = [kernel for kernel in (DECODE, DECODE_FEW) if (kernel, case.codec, case.packing) in SHAPES]
     with ThreadPoolExecutor(len(shapes)) as threads:  # compiling takes seconds
         return tuple(threads.map(lambda kernel: load(case, kernel, device), shapes))
 

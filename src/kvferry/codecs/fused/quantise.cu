@@ -16,17 +16,19 @@ struct Bounds {
     double relative;
     float bound;
     int per_tile;
-    // Whether a chunk's largest bound is known from these alone; then `largest` is it, the same in all lanes.
+    // Whether a chunk's largest bound is known from these alone.
     __device__ __forceinline__ bool foreseen() const { return !(relative > 0.0) && (!bounds || (PAGED && !per_tile)); }
-    __device__ __forceinline__ float largest(int num_lines, int lane) const {
-        if (!bounds) return bound;
-        int most = 0;  // floats that are not negative are in the order of their bits
-        for (int line = lane; line < num_lines; line += 32) most = max(most, __float_as_int(bounds[line]));
-        return __int_as_float(warp_max(most));
-    }
 };
 
 __shared__ Bounds the_bounds;
+
+// It then, in all lanes.
+__device__ __forceinline__ float largest_bound(const Bounds &how, int num_lines, int lane) {
+    if (!how.bounds) return how.bound;
+    int most = 0;  // floats that are not negative are in the order of their bits
+    for (int line = lane; line < num_lines; line += 32) most = max(most, __float_as_int(how.bounds[line]));
+    return __int_as_float(warp_max(most));
+}
 
 constexpr float LARGEST_BOUND = 8.507059173023462e37f, SMALLEST_STEP = 7.888609052210118e-31f;  // 2**126, 2**-100
 
