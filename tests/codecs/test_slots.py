@@ -9,11 +9,13 @@ from contract.cases import bits_of, case_id
 from contract.slot_cases import (
     FAR,
     LAYOUTS,
+    NEAR_A_POWER,
     PLACES,
     TABLE,
     Engine,
     absolute_codec,
     assert_kept,
+    between_codes,
     chunk_rows,
     device_of,
     far_from_zero,
@@ -121,6 +123,23 @@ def test_channels_far_from_zero(codec: Codec, far: float, place: str) -> None:
         slots.append(slot_cases.encode(slot_codec, where, TABLE))
     assert [take_apart(s).used for s in slots[0]] == [take_apart(s).used for s in slots[1]]
     fresh = Engine("heads_first", torch.float32, device=device_of(place))
+    slot_codec = SlotCodec(fresh.kv, codec, 5, slot_codec.slot_bytes)
+    assert slot_cases.decode(slot_codec, place, slots[1][:1], TABLE[:1]) == [0]
+    assert_kept(chunk_rows(values, TABLE[0]), chunk_rows(fresh.read(), TABLE[0]), *absolute_codec(codec, slots[1]))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("bound", NEAR_A_POWER)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_values_between_codes(dtype: torch.dtype, bound: float, place: str) -> None:
+    engine, plain = (Engine("heads_first", dtype, device=where) for where in (device_of(place), "cpu"))
+    codec, values = Bounded(bound, relative=False), between_codes(engine.shape, dtype, bound)
+    slots = []
+    for one, where in ((engine, place), (plain, "cpu")):
+        slot_codec = SlotCodec(one.write(values).kv, codec, 5, raw_slot_bytes(one.kv, 5))
+        slots.append(slot_cases.encode(slot_codec, where, TABLE))
+    assert [take_apart(s).used for s in slots[0]] == [take_apart(s).used for s in slots[1]]
+    fresh = Engine("heads_first", dtype, device=device_of(place))
     slot_codec = SlotCodec(fresh.kv, codec, 5, slot_codec.slot_bytes)
     assert slot_cases.decode(slot_codec, place, slots[1][:1], TABLE[:1]) == [0]
     assert_kept(chunk_rows(values, TABLE[0]), chunk_rows(fresh.read(), TABLE[0]), *absolute_codec(codec, slots[1]))

@@ -186,6 +186,21 @@ def far_from_zero(shape: tuple[int, ...], far: float) -> Tensor:
     return centres + (30 * torch.randn(shape, generator=generator)).round()
 
 
+NEAR_A_POWER = (0.25, 0.25 * (1 + 2**-12), 0.25 * (1 + 2**-9), 0.25 * (1 + 2**-7), 0.25 * (1 - 2**-10), 0.3)
+"""Bounds on, next to and away from a power of two, which 16-bit floats hold or not."""
+
+
+def between_codes(shape: tuple[int, ...], dtype: torch.dtype, bound: float) -> Tensor:
+    """16-bit floats near codes, which are `2 * bound` apart. One in a hundred is within three units in the last place
+    of the middle between two: whether the nearest code is within the bound hangs on how distances are rounded. Few, so
+    that coders have no reason to look at all values more closely."""
+    generator = torch.Generator().manual_seed(6)
+    codes = torch.randint(-20, 20, shape, generator=generator)
+    middles = ((2 * codes + 1) * bound).to(dtype).view(torch.int16) + torch.randint(-3, 4, shape, generator=generator)
+    chosen = torch.rand(shape, generator=generator) < 0.01
+    return torch.where(chosen, middles.to(torch.int16).view(dtype), (2 * codes * bound).to(dtype))
+
+
 def device_of(place: str) -> str:
     return place.partition("-")[0]
 

@@ -125,6 +125,16 @@ def test_tiles_with_low_bits(mode: str, reach: int) -> None:
     assert any(len(tile) > kernels.SCRATCH_BYTES for tile in take_apart(found[0]).tiles) == (reach > 20)
 
 
+@pytest.mark.parametrize("bound", slot_cases.NEAR_A_POWER)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_values_between_codes(dtype: torch.dtype, bound: float) -> None:
+    engine = Engine("heads_first", dtype, layers=1, page_tokens=16, head_dim=128)
+    values = slot_cases.between_codes(engine.shape, dtype, bound)
+    slot_codec = SlotCodec(engine.write(values).kv, Bounded(bound, False), 5, raw_slot_bytes(engine.kv, 5))
+    expected, found = slot_cases.encode(slot_codec, "cpu", TABLE), encode(slot_codec, TABLE)
+    assert used(found) == used(expected)
+
+
 @pytest.mark.parametrize("far", slot_cases.FAR)
 @pytest.mark.parametrize("mode", ["fixed", "plain", "outlier"])
 def test_channels_far_from_zero(mode: str, far: float) -> None:

@@ -147,6 +147,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
                 }
                 if (BOUNDED) add_up(whole_sum);
             } else if (BOUNDED) {
+                // The symbol is taken out and added in one instruction: as a shift, it would be taken out before the branch, for both.
                 add_up([](int v, int more) { return __mulhi(v, 256) + more; });
             } else {
 #pragma unroll
