@@ -25,7 +25,7 @@ ENCODE, RETRY, DECODE, DECODE_FEW = "encode", "retry", "decode", "decode_few"
 shape, for batches of few tiles."""
 ENTRIES = {ENCODE: "kvf_encode", RETRY: "kvf_encode", DECODE: "kvf_decode", DECODE_FEW: "kvf_decode"}
 SCRATCH_BYTES = 8192
-"""Of each warp that encodes (encode.cu)."""
+"""Of each warp that encodes (settle.cu)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Case:
             parts = ["intrinsics", "common", "read", "decode_rows", "decode"]
         else:
             parts = ["intrinsics", "common", "quantise", "choose", "gather", "writer"]
-            parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode", "place", "fit", "write", "encode"]
+            parts += ["ans_encode" if self.packing == "ans" else "bitpack_encode"]
+            parts += ["place", "fit", "write", "settle", "encode"]
         folder = files(__package__)
         return "".join(folder.joinpath(f"{part}.cu").read_text() for part in parts)
 
