@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="with --startup-only: starts of each arm, at most")
     parser.add_argument("--budget-seconds", type=float, default=500.0, help="with --startup-only: start no more after")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--logs", type=Path, default=Path(os.environ.get("OUT", "/tmp")), help="folder for vLLM's logs")
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs")
     given = parser.parse_args()
     arms = given.arms.split(",")
     if given.quick and given.arms == parser.get_default("arms"):

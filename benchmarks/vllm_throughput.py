@@ -11,7 +11,7 @@ from how fast the first arm was while the working set was filled in.
 
 import argparse
 import json
-import os
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--options", default="{}", help="more of vLLM's engine arguments, JSON")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--plot", type=Path, help="PNG file for requests a second and time to first token")
-    parser.add_argument("--logs", type=Path, default=Path(os.environ.get("OUT", "/tmp")), help="folder for vLLM's logs")
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs")
     given = parser.parse_args()
     arms, workloads = given.arms.split(","), given.workloads.split(",")
     if unknown := set(workloads) - set(WORKLOADS):

@@ -12,12 +12,14 @@ ENABLES = {
     "cuda-bindings": "GPU kernels, compiled at run time; copies between host and GPU",
     "nvidia-cuda-nvrtc": "the compiler of the GPU kernels",
     "transformers": "HostStore.put_cache and restore_cache, kvferry demo",
+    "safetensors": "profiles of calibrated models",
+    "vllm": "kvferry serve; see docs/vllm.md for versions",
     "matplotlib": "the demo's plot",
 }
 
 
 def doctor() -> None:
-    """Print what is installed and run a round trip of every codec. Exit code 1 if one fails."""
+    """Print what is installed and run a round trip of every codec that needs no profile. Exit code 1 if one fails."""
     from rich.console import Console
     from rich.table import Table
 
@@ -43,7 +45,7 @@ def doctor() -> None:
 
 
 def self_test(device: str) -> list[tuple[str, str | None]]:
-    """Round trips of every built-in codec and packer on `device`: `(name, None or what went wrong)`."""
+    """Round trips on `device` of every built-in codec and packer but `transform`: `(name, None or what went wrong)`."""
     import torch
 
     values = torch.randn(2, 100, 96, generator=torch.Generator().manual_seed(0)).cumsum(1).to(device, torch.bfloat16)

@@ -94,6 +94,19 @@ def test_switching_off_puts_vllms_connector_back(arguments: Any) -> None:
     assert not [key for key in config.kv_connector_extra_config if "compression" in key]
 
 
+@pytest.mark.parametrize("key", [True, False])
+def test_a_key_goes_before_the_environment(arguments: Any, monkeypatch: pytest.MonkeyPatch, key: bool) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_COMPRESSION", str(int(not key)))
+    config = arguments(transfer_config(None, 1, {"enabled": key})).create_engine_config()
+    assert config.kv_connector == CONNECTOR
+    assert config.kv_connector_extra_config["enable_compression"] is key
+
+
+def test_without_a_key_the_environment_decides(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_COMPRESSION", "0")
+    assert arguments(transfer_config(None, 1, {})).create_engine_config().kv_connector == "OffloadingConnector"
+
+
 def test_settings_reach_a_connector_that_is_named(arguments: Any) -> None:
     made = arguments(transfer_config(None, 1, {}))
     made._kvferry_chosen = {"error_bound": "0.5"}

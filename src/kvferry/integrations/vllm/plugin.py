@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvferry.integrations.vllm.select import CONNECTOR, DEFAULT_CPU_GIB, transfer_config, without_compression
-from kvferry.integrations.vllm.settings import CODECS, truth
+from kvferry.integrations.vllm.settings import CODECS, ENABLE_KEY, truth
 from kvferry.integrations.vllm.version import check_version
 
 logger = logging.getLogger(__name__)
@@ -111,13 +111,16 @@ def chosen_by_flags(args: Any) -> dict[str, Any]:
 def apply(engine_args: Any, chosen: Mapping[str, Any], env: Mapping[str, str]) -> None:
     """Put what flags chose and the environment says into `engine_args.kv_transfer_config`.
 
-    Flags go before the environment. A setting without a switch asks for compression only where our connector is named
-    already. Raises `ValueError` for what cannot be, with its name, value and remedy.
+    Flags and keys of the configuration go before the environment. A setting without a switch asks for compression
+    only where our connector is named already. Raises `ValueError` for what cannot be, with its name, value and remedy.
     """
     settings = {name: value for name, value in chosen.items() if name != "enabled"}
-    wanted = chosen.get("enabled", wanted_by_environment(env))
     given = _as_dict(engine_args.kv_transfer_config)
     ours = given is not None and given.get("kv_connector") == CONNECTOR
+    keyed = ours and given is not None and ENABLE_KEY in (given.get("kv_connector_extra_config") or {})
+    said = wanted_by_environment(env)  # looked at in any case: a wrong value stops the start
+    # What a key of our connector's configuration says, the connector itself will read.
+    wanted = chosen.get("enabled", None if keyed else said)
     if wanted is None and settings and not ours:
         raise ValueError(
             f"compression_{next(iter(settings))} is given, but compression is not switched on: add --enable-compression"
