@@ -220,24 +220,23 @@ __device__ __forceinline__ u32 half_differences(u32 a, u32 b) {
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
     return v;
 }
-__device__ __forceinline__ u32 larger_bfloats(u32 a, u32 b) {
-    u32 v;
 #if __CUDA_ARCH__ >= 860
-    asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+#define KVF_LARGER(NAME, TYPE)                                                                                              \
+    __device__ __forceinline__ u32 NAME(u32 a, u32 b) {                                                                     \
+        u32 v;                                                                                                              \
+        asm("max.xorsign.abs." TYPE " %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));                                             \
+        return v;                                                                                                           \
+    }
 #else
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
+#define KVF_LARGER(NAME, TYPE)                                                                                              \
+    __device__ __forceinline__ u32 NAME(u32 a, u32 b) {                                                                     \
+        u32 v;                                                                                                              \
+        asm("max." TYPE " %0, %1, %2;" : "=r"(v) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));                             \
+        return v;                                                                                                           \
+    }
 #endif
-    return v;
-}
-__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
-    u32 v;
-#if __CUDA_ARCH__ >= 860
-    asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-#else
-    asm("max.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
-#endif
-    return v;
-}
+KVF_LARGER(larger_bfloats, "bf16x2")
+KVF_LARGER(larger_halves, "f16x2")
 // Products of four bytes each, and `sum`.
 __device__ __forceinline__ u32 dot4(u32 a, u32 b, u32 sum) {
     asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
