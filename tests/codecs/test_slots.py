@@ -1,8 +1,11 @@
 """What `SlotCodec` promises, with every codec, layout and device: the tiles of frames, the bound, pages that are not
 asked for untouched."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from contract import slot_cases
 from contract.cases import bits_of, case_id
@@ -109,31 +112,13 @@ def test_layouts_and_pages(layout: str, page_tokens: int, place: str) -> None:
         assert_kept(chunk_rows(values, last), chunk_rows(fresh.read(), last), *absolute_codec(codec, slots[1]))
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("far", FAR)
-@pytest.mark.parametrize(
-    "codec", [each for each in CODECS if isinstance(each, Bounded) and not each.relative], ids=case_id
-)
-def test_channels_far_from_zero(codec: Codec, far: float, place: str) -> None:
-    engine, plain = (Engine("heads_first", torch.float32, device=where) for where in (device_of(place), "cpu"))
-    values = far_from_zero(engine.shape, far)
-    slots = []
-    for one, where in ((engine, place), (plain, "cpu")):
-        slot_codec = SlotCodec(one.write(values).kv, codec, 5, raw_slot_bytes(one.kv, 5))
-        slots.append(slot_cases.encode(slot_codec, where, TABLE))
-    assert [take_apart(s).used for s in slots[0]] == [take_apart(s).used for s in slots[1]]
-    fresh = Engine("heads_first", torch.float32, device=device_of(place))
-    slot_codec = SlotCodec(fresh.kv, codec, 5, slot_codec.slot_bytes)
-    assert slot_cases.decode(slot_codec, place, slots[1][:1], TABLE[:1]) == [0]
-    assert_kept(chunk_rows(values, TABLE[0]), chunk_rows(fresh.read(), TABLE[0]), *absolute_codec(codec, slots[1]))
+Values = Callable[[tuple[int, ...]], Tensor]
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("bound", NEAR_A_POWER)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_values_between_codes(dtype: torch.dtype, bound: float, place: str) -> None:
+def check_values(codec: Bounded, dtype: torch.dtype, values_of: Values, place: str) -> None:
+    """`values_of` a cache's shape are coded as on the CPU, and come back within the bound."""
     engine, plain = (Engine("heads_first", dtype, device=where) for where in (device_of(place), "cpu"))
-    codec, values = Bounded(bound, relative=False), between_codes(engine.shape, dtype, bound)
+    values = values_of(engine.shape)
     slots = []
     for one, where in ((engine, place), (plain, "cpu")):
         slot_codec = SlotCodec(one.write(values).kv, codec, 5, raw_slot_bytes(one.kv, 5))
@@ -143,6 +128,23 @@ def test_values_between_codes(dtype: torch.dtype, bound: float, place: str) -> N
     slot_codec = SlotCodec(fresh.kv, codec, 5, slot_codec.slot_bytes)
     assert slot_cases.decode(slot_codec, place, slots[1][:1], TABLE[:1]) == [0]
     assert_kept(chunk_rows(values, TABLE[0]), chunk_rows(fresh.read(), TABLE[0]), *absolute_codec(codec, slots[1]))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize(
+    "codec", [each for each in CODECS if isinstance(each, Bounded) and not each.relative], ids=case_id
+)
+def test_channels_far_from_zero(codec: Bounded, far: float, place: str) -> None:
+    check_values(codec, torch.float32, lambda shape: far_from_zero(shape, far), place)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("bound", NEAR_A_POWER)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_values_between_codes(dtype: torch.dtype, bound: float, place: str) -> None:
+    codec = Bounded(bound, relative=False)
+    check_values(codec, dtype, lambda shape: between_codes(shape, dtype, bound), place)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -83,6 +83,12 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
 #pragma unroll 1
     for (int t0 = 0; t0 < tokens; t0 += 4) {
         int value[4][CPL];  // before low bits: the symbol in the top byte
+        const auto take_symbols = [&] {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) value[i][k] >>= 24;
+        };
         const auto add_up = [&](auto above) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
@@ -124,10 +130,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
             if (t0 + 4 > tokens) decode_symbols(true);
             else decode_symbols(false);
             if (LOW_BITS || (BOUNDED && has_low)) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-#pragma unroll
-                    for (int k = 0; k < CPL; ++k) value[i][k] >>= 24;
+                take_symbols();
 #pragma unroll
                 for (int k = 0; k < CPL; ++k) {
                     const int width = shift[k];
@@ -150,10 +153,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
                 // The symbol is taken out and added in one instruction: as a shift, it would be taken out before the branch, for both.
                 add_up([](int v, int more) { return __mulhi(v, 256) + more; });
             } else {
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-#pragma unroll
-                    for (int k = 0; k < CPL; ++k) value[i][k] >>= 24;
+                take_symbols();
             }
         } else {
             const int b = t0 >> 5;

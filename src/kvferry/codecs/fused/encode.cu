@@ -120,7 +120,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         publish(sink, tile, most_bound, size, lane);
         if (PHASES > 1) next_phase();
         settle(lane);
-        if (ANS) layout.fetch(kept);
+        if (ANS) layout.fetch(kept);  // once more, rather than held over the call
         pending.set({tile.index, size, layout.planes_at, raw ? -1 : gap, level_of_round()}, 0, lane);
         __syncwarp();
         if (raw) return;
@@ -222,7 +222,7 @@ __device__ __noinline__ void encode_tiles(const int *radius, u32 tables, const S
         const Tile tile(s, the_round.first + warp);
 #define KVF_ENCODE(CPL)                                                                                                     \
     case CPL:                                                                                                               \
-        encode_tile<CPL>(s, sink, tile, the_bounds, radius, tables, stage, lane);           \
+        encode_tile<CPL>(s, sink, tile, the_bounds, radius, tables, stage, lane);                                             \
         break
         switch ((tile.channels + 31) / 32) { KVF_EACH_CPL(KVF_ENCODE) }
         __syncwarp();

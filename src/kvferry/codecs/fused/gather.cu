@@ -247,7 +247,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
         rows.advance(row, ahead, p, t0 + 4 * AHEAD, tokens);
         if constexpr (BOUNDED) {
             u32 byte[4][CPL], offset[CPL], difference[4][PAIRS + 1];
-            bool missed[4], any_missed = false;  // of token t0+i: a value may miss the bound. (NaN are found in another way.)
+            bool missed[4] = {}, any_missed = false;  // of token t0+i: a value may miss the bound. (NaN are found in another way.)
             load_shared_words<CPL>(offsets, offset);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -265,7 +265,6 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
 #pragma unroll
                     for (int j = 0; j < PAIRS; ++j) difference[i][j] = differences(row[i][j], as_word_pair(rounded[2 * j], rounded[2 * j + 1]));
                 } else {
-                    missed[i] = false;
 #pragma unroll
                     for (int k = 0; k < CPL; ++k) missed[i] |= !(fabsf(Rows<CPL>::number(row[i], k) - rounded[k]) < quantiser[k].bound);
                     any_missed |= missed[i];
@@ -288,7 +287,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
 #pragma unroll
-                    for (int j = 0; j < PAIRS; ++j) missed[i] = (j && missed[i]) | beyond_pair(difference[i][j], j);
+                    for (int j = 0; j < PAIRS; ++j) missed[i] |= beyond_pair(difference[i][j], j);
                     tokens_missed |= (u32)missed[i] << i;
                 }
                 list_repairs(stage.small, t0, t0 + 4 > tokens ? tokens_missed & 15 >> (t0 + 4 - tokens) : tokens_missed, lane);

@@ -171,72 +171,46 @@ __device__ __forceinline__ u32 clamp_halves(u32 v, u32 addend, u32 most) {
     return (u32)clamp_to((short)(v + addend), (int)(most & 0xffff)) | (u32)clamp_to((short)((v >> 16) + (addend >> 16)), (int)(most >> 16)) << 16;
 #endif
 }
-// Smallest and largest of two unsigned halves at once.
-__device__ __forceinline__ u32 min_halves(u32 a, u32 b) {
+// One instruction on the halves of two words.
+#define KVF_HALVES(NAME, INSTRUCTION)                                                                                       \
+    __device__ __forceinline__ u32 NAME(u32 a, u32 b) {                                                                     \
+        u32 v;                                                                                                              \
+        asm(INSTRUCTION " %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));                                                         \
+        return v;                                                                                                           \
+    }
+
+// Smallest and largest of unsigned halves; smallest of signed ones; and of unsigned ones to which -1 is added first.
 #if __CUDA_ARCH__ >= 900
-    u32 v;
-    asm("min.u16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-#else
-    return min(a & 0xffff, b & 0xffff) | min(a >> 16, b >> 16) << 16;
-#endif
-}
-__device__ __forceinline__ u32 max_halves(u32 a, u32 b) {
-#if __CUDA_ARCH__ >= 900
-    u32 v;
-    asm("max.u16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-#else
-    return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16;
-#endif
-}
-// The same of signed ones; and of unsigned ones to which -1 is added first.
-__device__ __forceinline__ u32 min_signed_halves(u32 a, u32 b) {
-#if __CUDA_ARCH__ >= 900
-    u32 v;
-    asm("min.s16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-#else
-    return min_halves(a ^ 0x80008000u, b ^ 0x80008000u) ^ 0x80008000u;
-#endif
-}
+KVF_HALVES(min_halves, "min.u16x2")
+KVF_HALVES(max_halves, "max.u16x2")
+KVF_HALVES(min_signed_halves, "min.s16x2")
 __device__ __forceinline__ u32 min_halves_before(u32 a, u32 b) {
-#if __CUDA_ARCH__ >= 900
     u32 v;
     asm("{ .reg .b32 before;\n\tadd.u16x2 before, %1, %3;\n\tmin.u16x2 %0, before, %2; }" : "=r"(v) : "r"(a), "r"(b), "r"(FULL));
     return v;
-#else
-    return min_halves((a - 1 & 0xffff) | (a - 0x10000 & 0xffff0000u), b);
-#endif
 }
+#else
+__device__ __forceinline__ u32 min_halves(u32 a, u32 b) { return min(a & 0xffff, b & 0xffff) | min(a >> 16, b >> 16) << 16; }
+__device__ __forceinline__ u32 max_halves(u32 a, u32 b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
+__device__ __forceinline__ u32 min_signed_halves(u32 a, u32 b) { return min_halves(a ^ 0x80008000u, b ^ 0x80008000u) ^ 0x80008000u; }
+__device__ __forceinline__ u32 min_halves_before(u32 a, u32 b) { return min_halves((a - 1 & 0xffff) | (a - 0x10000 & 0xffff0000u), b); }
+#endif
 // Differences of pairs of 16-bit floats, rounded to such floats; and of two such pairs the larger in size, whatever their signs.
 __device__ __forceinline__ u32 bfloat_differences(u32 a, u32 b) {
     u32 v;
     asm("fma.rn.bf16x2 %0, %2, %3, %1;" : "=r"(v) : "r"(a), "r"(b), "r"(0xbf80bf80u));
     return v;
 }
-__device__ __forceinline__ u32 half_differences(u32 a, u32 b) {
-    u32 v;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-}
+KVF_HALVES(half_differences, "sub.rn.f16x2")
 #if __CUDA_ARCH__ >= 860
-#define KVF_LARGER(NAME, TYPE)                                                                                              \
-    __device__ __forceinline__ u32 NAME(u32 a, u32 b) {                                                                     \
-        u32 v;                                                                                                              \
-        asm("max.xorsign.abs." TYPE " %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));                                             \
-        return v;                                                                                                           \
-    }
+KVF_HALVES(larger_bfloats, "max.xorsign.abs.bf16x2")
+KVF_HALVES(larger_halves, "max.xorsign.abs.f16x2")
 #else
-#define KVF_LARGER(NAME, TYPE)                                                                                              \
-    __device__ __forceinline__ u32 NAME(u32 a, u32 b) {                                                                     \
-        u32 v;                                                                                                              \
-        asm("max." TYPE " %0, %1, %2;" : "=r"(v) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));                             \
-        return v;                                                                                                           \
-    }
+KVF_HALVES(max_bfloats, "max.bf16x2")
+KVF_HALVES(max_half_floats, "max.f16x2")
+__device__ __forceinline__ u32 larger_bfloats(u32 a, u32 b) { return max_bfloats(a & 0x7fff7fffu, b & 0x7fff7fffu); }
+__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) { return max_half_floats(a & 0x7fff7fffu, b & 0x7fff7fffu); }
 #endif
-KVF_LARGER(larger_bfloats, "bf16x2")
-KVF_LARGER(larger_halves, "f16x2")
 // Products of four bytes each, and `sum`.
 __device__ __forceinline__ u32 dot4(u32 a, u32 b, u32 sum) {
     asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
