@@ -255,6 +255,7 @@ inline u32 __float_as_uint(float v) { return (u32)emulator::to_word(v); }
 inline int __float_as_int(float v) { return (int)emulator::to_word(v); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
@@ -337,6 +338,11 @@ inline void store_pair(u64 address, u32 pair) {
     if (address % 2) std::abort();
     std::memcpy((void *)address, &pair, 4);
 }
+inline void copy_behind(u32 address, u64 from, bool there) {
+    if (from % 16 || address % 16) std::abort();
+    for (u32 i = 0; i < 16; i += 4) store_shared(address + i, there ? *(const u32 *)(from + i) : 0);
+}
+inline void await_copies() {}
 inline u32 peek(const u32 *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 inline void poke(u32 *p, u32 v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 inline void poke_behind(u32 *p, u32 v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
@@ -380,6 +386,7 @@ inline u32 flushed_pair(u32 pair) {
         if (!(pair >> half & 0x7c00)) pair &= ~(0xffffu << half);
     return pair;
 }
+inline float larger_or_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? b : a; }
 inline int clamp_to(int v, int most) { return max(min(v, most), 0); }
 inline u32 min_halves(u32 a, u32 b) { return min(a & 0xffff, b & 0xffff) | min(a >> 16, b >> 16) << 16; }
 inline u32 max_halves(u32 a, u32 b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
@@ -457,5 +464,14 @@ inline void load_fragments(u32 (&a)[4], u32 address) {
         const u32 row = (u32)given[8 * i + lane / 4][0];
         if (row % 16) std::abort();
         a[i] = load_shared(row + 4 * (u32)(lane % 4));
+    }
+}
+inline void store_fragments(u32 address, const u32 (&a)[4]) {
+    const auto given = emulator::exchange(address);
+    const int lane = emulator::lane();
+    for (int i = 0; i < 4; ++i) {
+        const u32 row = (u32)given[8 * i + lane / 4][0];
+        if (row % 16) std::abort();
+        store_shared(row + 4 * (u32)(lane % 4), a[i]);
     }
 }

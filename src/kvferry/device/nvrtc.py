@@ -134,7 +134,7 @@ def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int = 0) -> 
         torch.cuda.current_stream().synchronize()  # makes sure that the primary context exists and is current
         module = _checked(driver.cuModuleLoadData(cubin))
         function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-        if shared_bytes > 48 * 1024:
+        if shared_bytes:  # static memory counts too towards the 48 KiB that need no leave
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
     return Kernel(function, device)

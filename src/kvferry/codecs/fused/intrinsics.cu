@@ -106,6 +106,12 @@ __device__ __forceinline__ void store_pair(u64 address, u32 pair) {
     }
 }
 
+// 16 bytes from global memory into shared memory, behind the thread's back, until await_copies(); zeros where there are none.
+__device__ __forceinline__ void copy_behind(u32 address, u64 from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Words through which blocks talk to each other.
 __device__ __forceinline__ u32 peek(const u32 *p) {
     u32 v;
@@ -151,6 +157,12 @@ __device__ __forceinline__ u32 bfloat_pair(float low, float high) {
     return pair;
 }
 
+// The larger one, or NaN if either is that.
+__device__ __forceinline__ float larger_or_nan(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
 // min(max(v, 0), most), for most >= 0.
 __device__ __forceinline__ int clamp_to(int v, int most) {
 #if __CUDA_ARCH__ >= 900
@@ -277,4 +289,14 @@ KVF_MMA(multiply_low, "u8", "u8")
 // Four 8 x 16 byte parts of rows in shared memory, as the fragments `a` of those have them: lane l gives the address of row l.
 __device__ __forceinline__ void load_fragments(u32 (&a)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address));
+}
+// The other way: 8 x 8 pairs of bytes each, from fragments as `c` above have them, two values to a word. Lane l gives the address of row l.
+__device__ __forceinline__ void store_fragments(u32 address, const u32 (&a)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+#else
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_shared(__shfl_sync(FULL, address, 8 * i + (lane >> 2)) + 4 * (lane & 3), a[i]);
+#endif
 }

@@ -49,13 +49,15 @@ class TransformCase:
 
     @property
     def shared_bytes(self) -> int:
-        return _TOKENS * (2 * _depth(self.n) + 16)
+        depth, gathered = _depth(self.n), self.n <= 512
+        row = (2 if gathered else 1) * (2 * depth + 16) + gathered * (2 * self.n + 16) + 4 + 3 * 8
+        return _TOKENS * row
 
 
 def source() -> str:
     """CUDA C++ of the kernel."""
     folder = files(__package__)
-    return "".join(folder.joinpath(f"{part}.cu").read_text() for part in ("intrinsics", "transform_items", "transform"))
+    return "".join(folder.joinpath(f"{part}.cu").read_text() for part in ("intrinsics", "transform_items", "transform_rows", "transform"))
 
 
 class Job(ctypes.Structure):
@@ -83,7 +85,7 @@ class Job(ctypes.Structure):
         ("coded_part_lines", ctypes.c_int32),
         ("coded", ctypes.c_int32),
         ("mark_width", ctypes.c_int32),
-        ("words", ctypes.c_int32),
+        ("vectors", ctypes.c_int32),
     )
 
 
@@ -112,6 +114,12 @@ def _loaded(case: TransformCase, device: int) -> tuple[Kernel, int, int]:
     return kernel, kernel.resident_blocks(THREADS, case.shared_bytes), properties.multi_processor_count
 
 
+def _by_quads(rows: Tensor, record: int) -> Tensor:
+    """Each row's first quads of all its records of `record` values, then the second ones, and so on: lanes that have
+    neighbouring records read neighbouring quads."""
+    return rows.view(len(rows), -1, record // 4, 4).transpose(1, 2).contiguous()
+
+
 class _Prepared:
     """A profile on a device, as kernels take it."""
 
@@ -124,13 +132,16 @@ class _Prepared:
         sides = [profile.side(layer, side) for layer in range(len(profile.layers)) for side in SIDES]
         basis = torch.cat([side.basis for side in sides])
         self.basis = pack_basis(basis).to(self.device), pack_basis(basis.transpose(1, 2)).to(self.device)
-        self.mean = torch.cat([side.mean for side in sides]).to(self.device)
+        mean = torch.cat([side.mean for side in sides])
+        self.mean = _by_quads(mean, 8).to(self.device), mean.to(self.device)
         steps = torch.tensor([side.step for side in sides for _ in range(profile.groups)], dtype=torch.float32)
         self.scale = (1 / steps).to(self.device), steps.to(self.device)
         cos, sin = profile.rope.table(torch.arange(outer.max_positions))
-        self.angles = torch.stack((cos, sin), -1).contiguous().to(self.device)
+        angles = torch.stack((cos, sin), -1).contiguous().to(self.device)
+        plain = profile.rope.interleaved or not profile.rope.rotary_dim
+        self.angles = angles if plain else _by_quads(angles.flatten(1), 16), angles
         self.lines = outer.kv.kernel_lines
-        self.words = all(at % 4 == 0 for place in outer.kv.line_places for at in place)
+        self.vectors = all(at % 16 == 0 for place in outer.kv.line_places for at in place)
         self.parts = len(sides) * profile.groups
         self.num_sms = outer.num_sms
         self.chunk_pages, self.page_tokens = outer.chunk_pages, outer.kv.page_tokens
@@ -149,9 +160,9 @@ class _Prepared:
             coded_lines=coded.kernel_lines.data_ptr(),
             pages=page_table.data_ptr(),
             positions=positions.data_ptr(),
-            angles=self.angles.data_ptr(),
+            angles=self.angles[inverse].data_ptr(),
             basis=self.basis[inverse].data_ptr(),
-            mean=self.mean.data_ptr(),
+            mean=self.mean[inverse].data_ptr(),
             scale=self.scale[inverse].data_ptr(),
             bounds=scratch.tile_bounds.data_ptr(),
             status=status,
@@ -166,7 +177,7 @@ class _Prepared:
             coded_part_lines=scratch.part_lines,
             coded=coded.num_lines,
             mark_width=coded.channels[-1],
-            words=self.words,
+            vectors=self.vectors,
         )
         with make_current(self.index):
             kernel, blocks, multiprocessors = _loaded(case, self.index)

@@ -1,6 +1,6 @@
 // Pages to transform coefficients and back (docs/format.md, `transform`; truth: codecs/transform/reference.py).
 //
-// A block of threads takes 64 tokens of one group of heads: loads its rows, turns keys by RoPE, takes the mean off, rounds each
+// An item is 64 tokens of one group of heads. A block of threads takes its rows, turns keys by RoPE, takes the mean off, rounds each
 // row to 16-bit integers under a power of two of its own, and multiplies by the basis on tensor cores. 16-bit integers are
 // two 8-bit halves, so that a product is four products of 8 bits with exact 32-bit sums; a float is made of the sum of all
 // four, rounded once. Hence the same bits as the reference's.
@@ -11,83 +11,211 @@
 constexpr int N = KVF_N, HEAD = KVF_HEAD, ROTARY = KVF_ROTARY, HALF = ROTARY / 2;
 constexpr int DEPTH = (N + 31) / 32 * 32, STEPS = DEPTH / 32, TILES = N / 8;  // of the product: its inner size, steps of 32, columns by 8
 constexpr int TOKENS = 64, THREADS = 256, WARPS = THREADS / 32;
+constexpr int VECTORS = N / 8;  // a row's values by 8: 16 bytes
 // A row in shared memory: N values of 16 bits, then in their place DEPTH high and DEPTH low halves. 16 bytes more: no bank conflicts.
-constexpr int ROW_BYTES = 2 * DEPTH + 16, PAIRS = (DEPTH + 63) / 64;
-constexpr float LARGEST = 65504.0f;
+constexpr int ROW_BYTES = 2 * DEPTH + 16, BUFFER_BYTES = TOKENS * ROW_BYTES;
+constexpr int BUFFERS = DEPTH <= 512 ? 2 : 1;  // with two, the next item's rows come while this one is multiplied
+// What is delivered is gathered in shared memory, where there is room for that, and leaves it in whole rows.
+constexpr bool GATHERED = DEPTH <= 512;
+constexpr int OUT_ROW_BYTES = 2 * N + 16, OUT_BYTES = GATHERED ? TOKENS * OUT_ROW_BYTES : 0;
 constexpr float MARK = 30000.0f, MARKED_ABOVE = 15000.0f, EXACT_BOUND = 7.52316384526264e-37f;  // 2**-120
-constexpr float DTYPE_LARGEST = KVF_MANTISSA == 7 ? 3.3895313892515355e38f : 65504.0f;
 constexpr int GOOD = 0;
+constexpr u64 NOWHERE = 1ull << 63;
+__device__ __forceinline__ bool somewhere(u64 place) { return (i64)place >= 0; }
 
 // Line l is {address of page 0, bytes from page to page, bytes from token to token | channels << 32}, as in common.cu.
 struct Job {
     const i64 *lines, *coded_lines;  // of the cache; of the coefficients, a part's being pieces of one row, marks last
     const int *pages;                // of the cache, a row a chunk; of the coefficients, page j of chunk c is c*chunk_pages + j
     const int *positions;            // of each chunk's first token
-    const float2 *angles;            // [num_positions][HALF]: cosine, sine
+    // Cosine and sine of pairs, [num_positions][HALF]; forward, and unless pairs are neighbours, [num_positions][4][HALF/8][2]: pairs 2i and 2i+1 of
+    // each eight side by side, so that lanes of neighbouring eights read neighbouring words.
+    const float2 *angles;
     const uint4 *basis;              // [parts][TILES][STEPS][32], see host
-    const float *mean, *scale;       // [parts][N]; [parts]: 1/step (forward), step (inverse)
+    const float *mean;               // [parts][N]; forward [parts][2][N/8][4], likewise
+    const float *scale;              // [parts]: 1/step (forward), step (inverse)
     float *bounds;                   // forward: of each tile
     const int *status;               // inverse: of each chunk
     float bound;
     int num_chunks, chunk_pages, page_tokens, num_positions;
     int parts, groups, part_lines, coded_part_lines, coded, mark_width;  // groups: of a layer's K, or V; coded: lines of coefficients and marks
-    int words;  // whether every row of the cache begins at a multiple of 4 (those of coefficients do)
+    int vectors;  // whether every row of the cache begins at a multiple of 16 (those of coefficients do)
 };
-
-__device__ __forceinline__ float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
-__device__ __forceinline__ bool finite(float f) { return fabsf(f) < __uint_as_float(0x7f800000u); }
 
 // Which line, and which channel of it, a column of 8 begins.
 struct Column {
     short line, channel;
 };
 
+// What a block works on: tokens of a chunk, of one part.
+struct Item {
+    int part, chunk, block, first_token, tokens;
+    int turned;  // keys, with RoPE
+    int mark_line, mark_channel;
+    __device__ __forceinline__ const i64 *marks(const Job &job) const { return job.coded_lines + 3 * mark_line; }
+};
+
+// A block's items: a run of all keys', then one of all values'. Its basis changes rarely, and all blocks have as much to turn.
+struct Share {
+    int blocks, tokens_of_chunk, of_side, begin, each;
+
+    __device__ __forceinline__ explicit Share(const Job &job) {
+        tokens_of_chunk = job.chunk_pages * job.page_tokens;
+        blocks = (tokens_of_chunk + TOKENS - 1) / TOKENS;
+        of_side = job.parts / 2 * job.num_chunks * blocks;
+        begin = (int)((i64)of_side * blockIdx.x / gridDim.x);
+        each = (int)((i64)of_side * (blockIdx.x + 1) / gridDim.x) - begin;
+    }
+    __device__ __forceinline__ int size() const { return 2 * each; }
+    // The k-th of them.
+    __device__ __noinline__ void find(const Job &job, int k, Item &item) const {
+        const bool value = k >= each;
+        const int within = begin + (value ? k - each : k), of_part = job.num_chunks * blocks;
+        const int nth = within / of_part, rest = within - nth * of_part, layer = nth / job.groups;
+        item.part = (2 * layer + value) * job.groups + nth - layer * job.groups;
+        item.chunk = rest / blocks;
+        item.block = rest - item.chunk * blocks;
+        item.first_token = item.block * TOKENS;
+        item.tokens = min(TOKENS, tokens_of_chunk - item.first_token);
+        item.turned = ROTARY > 0 && !value;
+        item.mark_line = job.parts * job.coded_part_lines + item.part / job.mark_width;
+        item.mark_channel = item.part % job.mark_width;
+    }
+};
+
 constexpr int MOST_LINES = N / 16;
 
-// high * 2**16 + middle * 2**8 + low over 2**8, rounded down: below 2**27 in magnitude, since rows of a basis have length 1. What exceeds
-// 32 bits on the way wraps and comes back.
-__device__ __forceinline__ float upper_sum(int high, int middle, int low) { return (float)(high * 256 + middle + (low >> 8)); }
+// What is looked up of it before its rows.
+struct Place {
+    u64 row_from[TOKENS];  // where each row lies in the source, from its line's start on; NOWHERE if its page is missing
+    u64 line_start[MOST_LINES], coded_start;
+    int position, status, bad;
+};
 
-// Two coefficients as float16, the first in the low half; denormals and negative zeros become zeros.
-__device__ __forceinline__ u32 coefficient_pair(float first, float second) { return flushed_pair(half_pair(first, second)); }
-__device__ __forceinline__ u32 value_pair(float first, float second) {
-    first = fminf(fmaxf(first, -DTYPE_LARGEST), DTYPE_LARGEST);
-    second = fminf(fmaxf(second, -DTYPE_LARGEST), DTYPE_LARGEST);
-    return KVF_MANTISSA == 7 ? bfloat_pair(first, second) : half_pair(first, second);
+// A thread's share of that, on its way from memory.
+struct Asked {
+    u64 word;
+    int first, second;
+};
+
+__device__ __forceinline__ Asked ask(const Job &job, const Item &item) {
+    Asked asked = {NOWHERE, -1, 0};
+    const int i = threadIdx.x;
+    if (i < TOKENS) {
+        const int token = item.first_token + i, p = token / job.page_tokens, r = token - p * job.page_tokens;
+        const i64 *coded = job.coded_lines + 3 * item.part * job.coded_part_lines;
+        if (i < item.tokens) {
+            asked.word = ((i64)item.chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2];
+            asked.first = job.pages[(i64)item.chunk * job.chunk_pages + p];
+            asked.second = r;
+        }
+    } else if (i - TOKENS < job.part_lines) {
+        asked.word = job.lines[3 * (item.part * job.part_lines + i - TOKENS)];
+    } else if (i == THREADS - 1) {
+        asked.first = job.positions[item.chunk];
+#if KVF_INVERSE
+        const int p = item.first_token / job.page_tokens, r = item.first_token - p * job.page_tokens;
+        const i64 *marks = item.marks(job);
+        const u16 *mark = (const u16 *)(marks[0] + ((i64)item.chunk * job.chunk_pages + p) * marks[1] + r * (i64)(u32)marks[2]);
+        asked.word = mark[item.mark_channel];
+        asked.second = job.status[item.chunk];
+#endif
+    }
+    return asked;
 }
-// The two values of a word.
-__device__ __forceinline__ void split(u32 word, bool half, float &first, float &second) {
-    if (KVF_MANTISSA == 7 && !half) {
-        first = __uint_as_float(word << 16);
-        second = __uint_as_float(word & 0xffff0000u);
-    } else {
-        first = from_half(word & 0xffff);
-        second = from_half(word >> 16);
+
+// `rows_to`: likewise, in the destination; in shared memory.
+__device__ __forceinline__ u64 load_place(u32 rows_to, int t) {
+    u32 word[2];
+    load_shared_words<2>(rows_to + 8 * t, word);
+    return word[0] | (u64)word[1] << 32;
+}
+__device__ __forceinline__ void note(const Job &job, const Item &item, const Asked &asked, Place &place, u32 rows_to) {
+    const int i = threadIdx.x;
+    if (i < TOKENS) {
+        const i64 *line = job.lines + 3 * item.part * job.part_lines;
+        const u64 there = asked.first < 0 ? NOWHERE : asked.first * line[1] + asked.second * (i64)(u32)line[2], here = asked.word;
+        place.row_from[i] = KVF_INVERSE ? here : there;
+        const u64 to = KVF_INVERSE ? there : here;
+        const u32 words[2] = {(u32)to, (u32)(to >> 32)};
+        store_shared_words<2>(rows_to + 8 * i, words);
+    } else if (i - TOKENS < job.part_lines) {
+        place.line_start[i - TOKENS] = asked.word;
+    }
+    if (i == THREADS - 1) {
+        place.coded_start = job.coded_lines[3 * item.part * job.coded_part_lines];
+        place.position = asked.first + item.first_token;
+        place.status = KVF_INVERSE ? asked.second : GOOD;
+        place.bad = KVF_INVERSE && from_half((u32)asked.word) > MARKED_ABOVE;
     }
 }
 
-constexpr u64 NOWHERE = ~0ull;
+// Where a row's vector c lies in the cache or among the coefficients, from the row's place on.
+__device__ __forceinline__ u64 start_of(const Place &place, const Column *column, int c, bool coded) {
+    return coded ? place.coded_start + 16 * c : place.line_start[column[c].line] + 2 * column[c].channel;
+}
 
-// The first columns of pair p of column tiles: partners under RoPE where there is a rotation, else neighbours.
-__device__ __forceinline__ int first_tile(int p, bool turned) {
-#if KVF_ROTARY > 0 && !KVF_INTERLEAVED
-    if (turned) {
-        constexpr int EACH = HEAD / 16, PAIRED = HALF / 8;  // pairs a head has; of them such that RoPE turns
-        const int head = p / EACH, i = p % EACH;
-        return head * (HEAD / 8) + (i < PAIRED ? i : 2 * PAIRED + 2 * (i - PAIRED));
+// Calls `at(t, c, start, offset)` for this thread's vectors: c of row t, which begins at `start` from the row's place on; `offset` of it among
+// rows of `pitch` bytes.
+template <typename Visit>
+__device__ __forceinline__ void each_vector(const Place &place, const Column *column, bool coded, int pitch, Visit visit) {
+    constexpr bool SAME = THREADS % VECTORS == 0;  // a thread's vectors lie below one another
+    constexpr int COUNT = (TOKENS * VECTORS + THREADS - 1) / THREADS;
+    const u64 own = SAME ? start_of(place, column, threadIdx.x % VECTORS, coded) : 0;
+    const u32 own_offset = threadIdx.x / VECTORS * pitch + threadIdx.x % VECTORS * 16;
+#pragma unroll(COUNT <= 8 ? COUNT : 4)
+    for (int b = 0; b < COUNT; ++b) {
+        const int i = threadIdx.x + b * THREADS;
+        if (TOKENS * VECTORS % THREADS != 0 && i >= TOKENS * VECTORS) break;
+        if (SAME) visit(threadIdx.x / VECTORS + b * (THREADS / VECTORS), own, own_offset + b * (THREADS / VECTORS) * pitch);
+        else visit(i / VECTORS, start_of(place, column, i % VECTORS, coded), i / VECTORS * pitch + i % VECTORS * 16);
     }
-#endif
-    return 2 * p;
-}
-__device__ __forceinline__ int second_tile(int p, int first, bool turned) {
-#if KVF_ROTARY > 0 && !KVF_INTERLEAVED
-    if (turned && p % (HEAD / 16) < HALF / 8) return first + HALF / 8;
-#endif
-    return first + 1;
 }
 
-// Copy a block's values as they are, 2 bytes at a time: between pages and coefficients, either way.
-__device__ __noinline__ void copy_block(const Job &job, int part, int chunk, int first_token, int tokens, bool to_pages) {
+// Rows that begin anywhere, at once.
+__device__ __noinline__ void read_rows(const Place &place, const Column *column, u32 rows) {
+    each_vector(place, column, false, ROW_BYTES, [&](int t, u64 start, u32 offset) {
+        const u64 from = place.row_from[t];
+        const u16 *q = (const u16 *)(start + from);
+        u32 v[4] = {};
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (somewhere(from)) v[k] = q[2 * k] | (u32)q[2 * k + 1] << 16;
+        store_shared_words<4>(rows + offset, v);
+    });
+}
+// Ask for the rows of an item, as they are; zeros where there is none.
+__device__ __forceinline__ void copy_rows(const Job &job, const Place &place, const Column *column, u32 rows) {
+    if (!KVF_INVERSE && !job.vectors) return read_rows(place, column, rows);
+    each_vector(place, column, KVF_INVERSE, ROW_BYTES, [&](int t, u64 start, u32 offset) {
+        const u64 from = place.row_from[t];
+        copy_behind(rows + offset, somewhere(from) ? start + from : start, somewhere(from));
+    });
+}
+
+// A vector of a row that may begin anywhere.
+__device__ __noinline__ void store_anywhere(u64 address, u32 a, u32 b, u32 c, u32 d) {
+    store_pair(address, a);
+    store_pair(address + 4, b);
+    store_pair(address + 8, c);
+    store_pair(address + 12, d);
+}
+// Store what was gathered at `out`, of rows that `rows_to` says the places of.
+__device__ __forceinline__ void send_rows(const Job &job, const Place &place, const Column *column, u32 out, u32 rows_to) {
+    const bool vectors = !KVF_INVERSE || job.vectors;
+    each_vector(place, column, !KVF_INVERSE, OUT_ROW_BYTES, [&](int t, u64 start, u32 offset) {
+        u32 v[4];
+        load_shared_words<4>(out + offset, v);
+        const u64 to = load_place(rows_to, t);
+        if (!somewhere(to)) return;
+        if (vectors) store_global<16>((u8 *)(start + to), v);
+        else store_anywhere(start + to, v[0], v[1], v[2], v[3]);
+    });
+}
+
+// Copy an item's values as they are, 2 bytes at a time: between pages and coefficients, either way.
+__device__ __noinline__ void copy_block(const Job &job, const Item &item, bool to_pages) {
+    const int part = item.part, chunk = item.chunk, first_token = item.first_token, tokens = item.tokens;
     const i64 *coded = job.coded_lines + 3 * part * job.coded_part_lines;
     for (int l = 0, channels, before = 0; l < job.part_lines; ++l, before += channels) {
         const i64 *line = job.lines + 3 * (part * job.part_lines + l);
@@ -103,56 +231,16 @@ __device__ __noinline__ void copy_block(const Job &job, int part, int chunk, int
     }
 }
 
-// What a block works on: tokens of a chunk, of one part.
-struct Item {
-    int part, chunk, block, first_token, tokens, mark_line;
-    const i64 *marks;  // where this block's mark lies: channel `part` of the lines behind the others
-
-    __device__ __forceinline__ Item(const Job &job, int number, int blocks, int tokens_of_chunk) {
-        // Neighbours share a part: its basis stays in the cache.
-        part = number / (job.num_chunks * blocks);
-        chunk = number / blocks % job.num_chunks;
-        block = number % blocks;
-        first_token = block * TOKENS;
-        tokens = min(TOKENS, tokens_of_chunk - first_token);
-        mark_line = job.parts * job.coded_part_lines + part / job.mark_width;
-        marks = job.coded_lines + 3 * mark_line;
-    }
-};
-
-// What is looked up of it before its rows.
-struct Place {
-    // Of each row: where it lies from its line's start on, in the source and in the destination; NOWHERE if its page is missing.
-    u64 row_from[TOKENS], row_to[TOKENS];
-    u64 line_start[MOST_LINES], coded_start;
-    int position, status, bad;
-};
-
-__device__ __forceinline__ void look_up(const Job &job, const Item &item, Place &place) {
-    if (threadIdx.x < TOKENS) {
+// Forward, once it is known whether all have coefficients: the item's bounds and its mark.
+__device__ __forceinline__ void mark(const Job &job, const Item &item, const Place &place, int blocks) {
+    const bool bad = place.bad;
+    float *bounds = job.bounds + ((i64)item.chunk * blocks + item.block) * job.coded;
+    if ((int)threadIdx.x < job.coded_part_lines) bounds[item.part * job.coded_part_lines + threadIdx.x] = bad ? EXACT_BOUND : job.bound;
+    if (threadIdx.x == 0) bounds[item.mark_line] = job.bound;
+    if ((int)threadIdx.x < item.tokens) {
         const int token = item.first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;
-        const i64 *line = job.lines + 3 * item.part * job.part_lines, *coded = job.coded_lines + 3 * item.part * job.coded_part_lines;
-        u64 there = NOWHERE, here = NOWHERE;
-        if ((int)threadIdx.x < item.tokens) {
-            const int page = job.pages[(i64)item.chunk * job.chunk_pages + p];
-            if (page >= 0) there = page * line[1] + r * (i64)(u32)line[2];
-            here = ((i64)item.chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2];
-        }
-        place.row_from[threadIdx.x] = KVF_INVERSE ? here : there;
-        place.row_to[threadIdx.x] = KVF_INVERSE ? there : here;
-    } else if ((int)threadIdx.x - TOKENS < job.part_lines) {
-        const int l = threadIdx.x - TOKENS;
-        place.line_start[l] = job.lines[3 * (item.part * job.part_lines + l)];
-    }
-    if (threadIdx.x == THREADS - 1) {
-        place.coded_start = job.coded_lines[3 * item.part * job.coded_part_lines];
-        place.position = job.positions[item.chunk] + item.first_token;
-        place.bad = 0;
-#if KVF_INVERSE
-        const int p = item.first_token / job.page_tokens, r = item.first_token - p * job.page_tokens;
-        const u8 *mark = (const u8 *)(item.marks[0] + ((i64)item.chunk * job.chunk_pages + p) * item.marks[1] + r * (i64)(u32)item.marks[2]);
-        place.status = job.status[item.chunk];
-        place.bad = from_half(((const u16 *)mark)[item.part % job.mark_width]) > MARKED_ABOVE;
-#endif
+        const i64 *marks = item.marks(job);
+        u16 *to = (u16 *)(marks[0] + ((i64)item.chunk * job.chunk_pages + p) * marks[1] + r * (i64)(u32)marks[2]);
+        to[item.mark_channel] = (u16)half_bits(bad ? MARK : 0.0f);
     }
 }
