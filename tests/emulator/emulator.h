@@ -45,6 +45,7 @@ struct Dimension {
 #define __noinline__
 #define __shared__ thread_local
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 constexpr u32 FULL = 0xffffffffu;
 constexpr int SHARED_BYTES = 256 << 10;

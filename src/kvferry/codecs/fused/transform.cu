@@ -220,30 +220,30 @@ __device__ __forceinline__ void multiply_rows(const Job &job, const Item &item, 
     if (!KVF_INVERSE && !(largest <= LARGEST)) place.bad = 1;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_transform(Job given) {
+extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_transform(const __grid_constant__ Job job) {
     // Rows of BUFFERS items; what is delivered; what each row is multiplied by; and where those of three items belong.
     extern __shared__ uint4 shared[];
-    __shared__ Job job;
     __shared__ Item items[8];    // by number: of the last, this, and three more
     __shared__ Place places[3];  // of this item, the next and the one behind it (or before)
     __shared__ Column column[TILES];
+    __shared__ Token tokens[2 * TOKENS];  // of threads that look up, and of those that mark
     const u32 buffers = shared_address(shared), out = buffers + BUFFERS * BUFFER_BYTES, factor = out + OUT_BYTES, rows_to = factor + 4 * TOKENS;
     if (threadIdx.x == 0) {
-        job = given;
         int line = 0, channel = 0;
         for (int i = 0; i < TILES; ++i) {
             column[i] = {(short)line, (short)channel};
             channel += 8;
-            if (channel >= (int)(given.lines[3 * line + 2] >> 32)) ++line, channel = 0;
+            if (channel >= (int)(job.lines[3 * line + 2] >> 32)) ++line, channel = 0;
         }
     }
     __syncthreads();
+    if (threadIdx.x < 2 * TOKENS) tokens[threadIdx.x].block = -1;
     const Share share(job);
     const int size = share.size();
     if (size == 0) return;
-    if (threadIdx.x < 3 && (int)threadIdx.x < size) share.find(job, threadIdx.x, items[threadIdx.x]);
+    if (threadIdx.x < 3 && (int)threadIdx.x < size) Share::find(job, share, threadIdx.x, items[threadIdx.x]);
     __syncthreads();
-    for (int k = 0; k < 2; ++k) note(job, items[k], ask(job, items[k]), places[k], rows_to + k * 8 * TOKENS);
+    for (int k = 0; k < 2; ++k) note(job, items[k], ask(job, items[k], tokens), places[k], rows_to + k * 8 * TOKENS);
     __syncthreads();
     if (BUFFERS == 2) copy_rows(job, places[0], column, buffers);
     Held held;
@@ -254,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
     const auto complete = [&](int k) {
         const Item &item = items[k & 7];
         const Place &place = places[behind];
-        if (!KVF_INVERSE) mark(job, item, place, share.blocks);
+        if (!KVF_INVERSE) mark(job, item, place, tokens, share.blocks);
         if (!KVF_INVERSE && place.bad) copy_block(job, item, false);
         else if (GATHERED && good) send_rows(job, place, column, out, rows_to + behind * 8 * TOKENS);
     };
@@ -274,9 +274,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         __syncthreads();
         if (BUFFERS == 2 && k + 1 < size) copy_rows(job, places[ahead], column, buffers + ((k + 1) & 1) * BUFFER_BYTES);
         if (k > 0) complete(k - 1);
-        if (k + 3 < size && threadIdx.x == THREADS / 2) share.find(job, k + 3, items[(k + 3) & 7]);
+        if (k + 3 < size && threadIdx.x == THREADS - 64) share.find_next(job, k + 3, items[(k + 2) & 7], items[(k + 3) & 7]);
         Asked asked;
-        if (k + 2 < size) asked = ask(job, items[(k + 2) & 7]);
+        if (k + 2 < size) asked = ask(job, items[(k + 2) & 7], tokens);
         good = !KVF_INVERSE || (place.status == GOOD && !place.bad);
         if (good) round_rows(job, item, place, rows, factor, angles);
         else if (place.status == GOOD) copy_block(job, item, true);

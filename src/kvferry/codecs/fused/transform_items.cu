@@ -68,18 +68,29 @@ struct Share {
     }
     __device__ __forceinline__ int size() const { return 2 * each; }
     // The k-th of them.
-    __device__ __noinline__ void find(const Job &job, int k, Item &item) const {
-        const bool value = k >= each;
-        const int within = begin + (value ? k - each : k), of_part = job.num_chunks * blocks;
+    __device__ __noinline__ static void find(const Job &job, const Share &share, int k, Item &item) {
+        const bool value = k >= share.each;
+        const int within = share.begin + (value ? k - share.each : k), of_part = job.num_chunks * share.blocks;
         const int nth = within / of_part, rest = within - nth * of_part, layer = nth / job.groups;
         item.part = (2 * layer + value) * job.groups + nth - layer * job.groups;
-        item.chunk = rest / blocks;
-        item.block = rest - item.chunk * blocks;
+        item.chunk = rest / share.blocks;
+        item.block = rest - item.chunk * share.blocks;
         item.first_token = item.block * TOKENS;
-        item.tokens = min(TOKENS, tokens_of_chunk - item.first_token);
+        item.tokens = min(TOKENS, share.tokens_of_chunk - item.first_token);
         item.turned = ROTARY > 0 && !value;
         item.mark_line = job.parts * job.coded_part_lines + item.part / job.mark_width;
         item.mark_channel = item.part % job.mark_width;
+    }
+    // The k-th, from the one before it.
+    __device__ __forceinline__ void find_next(const Job &job, int k, const Item &before, Item &item) const {
+        const bool wraps = before.block + 1 == blocks;
+        const int block = wraps ? 0 : before.block + 1, chunk = before.chunk + wraps;
+        if (k == each || chunk == job.num_chunks) return find(job, *this, k, item);
+        item = before;
+        item.chunk = chunk;
+        item.block = block;
+        item.first_token = block * TOKENS;
+        item.tokens = min(TOKENS, tokens_of_chunk - item.first_token);
     }
 };
 
@@ -92,22 +103,36 @@ struct Place {
     int position, status, bad;
 };
 
+// Where a thread's token of an item lies in its chunk; kept, for it changes with the block only.
+struct Token {
+    int block, page, slot;
+    __device__ __forceinline__ void find(const Job &job, const Item &item, int i) {
+        if (block == item.block) return;
+        const int number = item.first_token + i;
+        block = item.block;
+        page = number / job.page_tokens;
+        slot = number - page * job.page_tokens;
+    }
+};
+
 // A thread's share of that, on its way from memory.
 struct Asked {
     u64 word;
     int first, second;
 };
 
-__device__ __forceinline__ Asked ask(const Job &job, const Item &item) {
+__device__ __forceinline__ Asked ask(const Job &job, const Item &item, Token *tokens) {
     Asked asked = {NOWHERE, -1, 0};
     const int i = threadIdx.x;
     if (i < TOKENS) {
-        const int token = item.first_token + i, p = token / job.page_tokens, r = token - p * job.page_tokens;
-        const i64 *coded = job.coded_lines + 3 * item.part * job.coded_part_lines;
+        Token &token = tokens[i];
+        token.find(job, item, i);
         if (i < item.tokens) {
-            asked.word = ((i64)item.chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2];
-            asked.first = job.pages[(i64)item.chunk * job.chunk_pages + p];
-            asked.second = r;
+            const i64 *coded = job.coded_lines + 3 * item.part * job.coded_part_lines;
+            const i64 page = (i64)item.chunk * job.chunk_pages + token.page;
+            asked.first = job.pages[page];
+            asked.second = token.slot;
+            asked.word = page * coded[1] + token.slot * (i64)(u32)coded[2];
         }
     } else if (i - TOKENS < job.part_lines) {
         asked.word = job.lines[3 * (item.part * job.part_lines + i - TOKENS)];
@@ -232,15 +257,17 @@ __device__ __noinline__ void copy_block(const Job &job, const Item &item, bool t
 }
 
 // Forward, once it is known whether all have coefficients: the item's bounds and its mark.
-__device__ __forceinline__ void mark(const Job &job, const Item &item, const Place &place, int blocks) {
+__device__ __forceinline__ void mark(const Job &job, const Item &item, const Place &place, Token *tokens, int blocks) {
     const bool bad = place.bad;
     float *bounds = job.bounds + ((i64)item.chunk * blocks + item.block) * job.coded;
-    if ((int)threadIdx.x < job.coded_part_lines) bounds[item.part * job.coded_part_lines + threadIdx.x] = bad ? EXACT_BOUND : job.bound;
-    if (threadIdx.x == 0) bounds[item.mark_line] = job.bound;
-    if ((int)threadIdx.x < item.tokens) {
-        const int token = item.first_token + threadIdx.x, p = token / job.page_tokens, r = token - p * job.page_tokens;
+    const int i = (int)threadIdx.x - 2 * TOKENS;  // not those who look things up
+    if (i >= 0 && i < job.coded_part_lines) bounds[item.part * job.coded_part_lines + i] = bad ? EXACT_BOUND : job.bound;
+    if (i == 0) bounds[item.mark_line] = job.bound;
+    if (i >= 0 && i < item.tokens) {
+        Token &token = tokens[TOKENS + i];
+        token.find(job, item, i);
         const i64 *marks = item.marks(job);
-        u16 *to = (u16 *)(marks[0] + ((i64)item.chunk * job.chunk_pages + p) * marks[1] + r * (i64)(u32)marks[2]);
+        u16 *to = (u16 *)(marks[0] + ((i64)item.chunk * job.chunk_pages + token.page) * marks[1] + token.slot * (i64)(u32)marks[2]);
         to[item.mark_channel] = (u16)half_bits(bad ? MARK : 0.0f);
     }
 }

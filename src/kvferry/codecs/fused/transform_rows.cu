@@ -158,7 +158,7 @@ __device__ __forceinline__ void round_rows(const Job &job, const Item &item, Pla
                     if (VECTORS % LANES == 0 || j + LANES * k < VECTORS) turn_back_alone(angles, row, j + LANES * k, x[k]);
             }
         }
-        float largest = 0.0f;
+        float largest[4] = {};
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
             const int v = j + LANES * k;
@@ -172,9 +172,9 @@ __device__ __forceinline__ void round_rows(const Job &job, const Item &item, Pla
                 x[k][4 * i + 3] = __fsub_rn(x[k][4 * i + 3], of.w);
             }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) largest = larger_or_nan(largest, fabsf(x[k][i]));
+            for (int i = 0; i < 8; ++i) largest[i % 4] = larger_or_nan(largest[i % 4], fabsf(x[k][i]));
         }
-        most = __float_as_uint(largest);  // the larger number, the larger as an integer; NaN above all
+        most = __float_as_uint(larger_or_nan(larger_or_nan(largest[0], largest[1]), larger_or_nan(largest[2], largest[3])));  // the larger number, the larger as an integer; NaN above all
 #endif
 #pragma unroll
         for (int apart = 1; apart < LANES; apart *= 2) most = max(most, __shfl_xor_sync(FULL, most, apart));
