@@ -96,7 +96,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "load", load)
     monkeypatch.setattr(slots._Prepared, "of", lambda codec: replace(prepared_of(codec), device=torch.device("cpu", 0)))
     monkeypatch.setattr(slots, "current_stream_handle", lambda device: 0)
-    monkeypatch.setattr(slots, "zero_words", lambda address, count, device: ctypes.memset(address, 0, 4 * count))
+    for module in (slots, transform):
+        monkeypatch.setattr(module, "zero_words", lambda address, count, device: ctypes.memset(address, 0, 4 * count))
     monkeypatch.setattr(transform, "_loaded", load_transform)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -297,6 +297,8 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 inline u32 lanes_before() { return (1u << emulator::lane()) - 1; }
 inline u32 lanes_behind() { return ~lanes_before(); }
 
+inline int made_now(int v) { return v; }
+
 template <typename T>
 T &at_shared(u32 address) {
     if (address > SHARED_BYTES - sizeof(T) || address % sizeof(T)) std::abort();

@@ -322,9 +322,10 @@ struct Rows {
         return as_float(value(packed, k));
 #endif
     }
-    // The other way round, four rows.
-    __device__ __forceinline__ void store_rows(int t0, int tokens, const u32 (&packed)[4][PACKED]) const {
-        u8 *p = group(t0);
+    // The other way round: four rows, of each four in order. `p`: of the rows before them, and of these from then on.
+    __device__ __forceinline__ void store_rows(u8 *&p, int t0, int tokens, const u32 (&packed)[4][PACKED]) const {
+        if ((t0 & 7) == 0) p = group(t0);  // eight tokens share a page
+        else if (p) p += 4 * token_bytes;
         if (!p || !count) return;
         if (vector && t0 + 4 <= tokens) {
 #pragma unroll

@@ -70,8 +70,9 @@ __device__ __forceinline__ bool decode_tile(const Source &s, const Tile &tile, c
     good = good && size == at.exact_at + pad4(KVF_ITEM * at.num_exact);
     const bool staged = !ANS && good && __all_sync(FULL, narrow) && at.low_words < STAGE_WORDS;
     // One pass over the bytes: checksum, and what decoding needs often into shared memory.
-    const int stage_first = (ANS ? at.words_at : at.low_at) / 4;
-    const int stage_count = !good ? 0 : ANS ? min(STAGE_WORDS, (at.num_words + 1) / 2) : staged ? at.low_words : 0;
+    const int low_staged = ANS && at.low_words <= STAGE_WORDS / 2 ? at.low_words : 0;  // words lie behind them, here and there
+    const int stage_first = (ANS ? at.words_at : at.low_at) / 4 - low_staged;
+    const int stage_count = !good ? 0 : ANS ? min(STAGE_WORDS, low_staged + (at.num_words + 1) / 2) : staged ? at.low_words : 0;
     // All loads of a batch before the first is used: one latency for 1 KiB.
     u64 sum = 0;
     const int first = checked ? 0 : stage_first, last = checked ? size / 4 : stage_first + stage_count;
@@ -110,10 +111,11 @@ __device__ __forceinline__ bool decode_tile(const Source &s, const Tile &tile, c
     }
     const u32 state = ANS && lane < lanes ? input_words[4 + lane] : STATE_LOW;
     if constexpr (ANS) {
-        good = decode_rows<CPL, false>(rows, tile, in, at, groups, state, __any_sync(FULL, any_low), tables, stage, lane);
+        good = decode_rows<CPL, false>(rows, tile, in, at, groups, state, __any_sync(FULL, any_low), tables, low_staged ? stage : 0, stage + 4 * low_staged,
+                                       STAGE_WORDS - low_staged, lane);
     } else {
-        if (staged) good = decode_rows<CPL, true>(rows, tile, in, at, groups, state, false, tables, stage, lane);
-        else good = decode_rows<CPL, false>(rows, tile, in, at, groups, state, false, tables, stage, lane);
+        if (staged) good = decode_rows<CPL, true>(rows, tile, in, at, groups, state, false, tables, 0, stage, 0, lane);
+        else good = decode_rows<CPL, false>(rows, tile, in, at, groups, state, false, tables, 0, stage, 0, lane);
     }
     __syncwarp();
     const u16 *positions = (const u16 *)(in + at.positions_at);

@@ -19,14 +19,18 @@ struct Sections {
     int planes_at, low_at, low_words, words_at, num_words, positions_at, exact_at, num_exact;
 };
 
-// `width` bits of a dense stream from bit `bit` on; a stream's last word is read only where it is needed.
-template <bool SHARED>
-__device__ __forceinline__ u32 stream_bits(u32 shared, const u32 *memory, int first, int bit, int width) {
+// The tile's low bits: in shared memory, unless they are many.
+struct LowBits {
+    const u32 *memory;
+    u32 shared;  // or 0
+    __device__ __forceinline__ u32 operator[](int word) const { return shared ? load_shared(shared + 4 * word) : memory[word]; }
+};
+// `width` bits of a dense stream, which begins with word `first`, from bit `bit` on; a stream's last word is read only where it is needed.
+__device__ __forceinline__ u32 stream_bits(const LowBits &low, int first, int bit, int width) {
     const int word = first + (bit >> 5), from = bit & 31;
-    const u32 low = SHARED ? load_shared(shared + 4 * word) : memory[word];
     u32 high = 0;
-    if (from + width > 32) high = SHARED ? load_shared(shared + 4 * word + 4) : memory[word + 1];
-    const u32 bits = __funnelshift_r(low, high, from);
+    if (from + width > 32) high = low[word + 1];
+    const u32 bits = __funnelshift_r(low[word], high, from);
     return width == 32 ? bits : bits & ((1u << width) - 1);
 }
 
@@ -34,16 +38,20 @@ __device__ __forceinline__ u32 stream_bits(u32 shared, const u32 *memory, int fi
 constexpr int WHOLE = BOUNDED && !DELTA ? ROUNDER_BITS : 0;
 
 // The tokens of a tile, in order, four at a time. Returns whether the lane ended as it must. `has_low` (ans): some channel has raw low bits.
-// STAGED (bitpack): the groups lie in shared memory.
+// STAGED (bitpack): the groups lie in shared memory. ans: words do, at `stage` and in `window` words, and low bits at `low_stage`, if that is not 0.
 template <int CPL, bool STAGED>
 __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &tile, const u8 *in, const Sections &at, const Groups<CPL> &groups,
-                                            u32 state, bool has_low, u32 tables, u32 stage, int lane) {
+                                            u32 state, bool has_low, u32 tables, u32 low_stage, u32 stage, int window, int lane) {
     constexpr int PACKED = Rows<CPL>::PACKED;
     const u32 below = lanes_before();
     const int tokens = tile.tokens, channels = tile.channels;
-    const u32 *low = (const u32 *)(in + at.low_at);
+    const LowBits low = {(const u32 *)(in + at.low_at), low_stage};
     u32 words = stage;  // address of the next rANS word
     int passed = 0;     // words before the window
+    // Beyond this the window must move on: four tokens take at most 2 * CPL * 32 words.
+    const auto limit_of = [&] { return at.num_words - passed > 2 * window ? stage + 4 * window - 4 * CPL * 32 : FULL; };
+    u32 limit = limit_of();
+    u8 *row = nullptr;
     int code[CPL], add[CPL], shift[CPL];
     u32 slots[CPL];
     const u32 idle = tables + IDLE_TABLE * PROB_SCALE * 4;
@@ -101,16 +109,16 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
         };
         const auto whole_sum = [](int v, int more) { return v + more; };
         if constexpr (ANS) {
-            // Four tokens take at most 2 * CPL * 32 words.
-            if (words - stage > 4 * STAGE_WORDS - 4 * CPL * 32 && at.num_words - passed > 2 * STAGE_WORDS) {
+            if (words > limit) {
                 passed += (int)(words - stage) / 2 & ~1;
                 const u32 offset = (words - stage) & 2;
                 const u32 *more = (const u32 *)(in + at.words_at) + passed / 2;
-                const int count = min(STAGE_WORDS, (at.num_words - passed + 1) / 2);
+                const int count = min(window, (at.num_words - passed + 1) / 2);
                 __syncwarp();
                 for (int i = lane; i < count; i += 32) store_shared(stage + 4 * i, more[i]);
                 __syncwarp();
                 words = stage + offset;
+                limit = limit_of();
             }
             const auto decode_symbols = [&](bool tail) {
 #pragma unroll
@@ -133,10 +141,10 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
                 take_symbols();
 #pragma unroll
                 for (int k = 0; k < CPL; ++k) {
-                    const int width = shift[k];
+                    const int width = made_now(shift[k]);
                     if (width == 0) continue;
                     if (width <= 8) {  // of four tokens at once
-                        const u32 four = stream_bits<false>(0, low, groups.low[0][k], t0 * width, min(4, tokens - t0) * width), mask = (1u << width) - 1;
+                        const u32 four = stream_bits(low, groups.low[0][k], t0 * width, min(4, tokens - t0) * width), mask = (1u << width) - 1;
 #pragma unroll
                         for (int i = 0; i < 4; ++i)
                             value[i][k] = value[i][k] * (1 << width) + (int)(four >> (i * width) & mask) - (BOUNDED ? (1 << width) >> 1 : 0);
@@ -145,7 +153,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
                         if (t0 + i < tokens)
-                            value[i][k] = value[i][k] * (1 << width) + (int)stream_bits<false>(0, low, groups.low[0][k], (t0 + i) * width, width) -
+                            value[i][k] = value[i][k] * (1 << width) + (int)stream_bits(low, groups.low[0][k], (t0 + i) * width, width) -
                                           (BOUNDED ? (1 << width) >> 1 : 0);
                 }
                 if (BOUNDED) add_up(whole_sum);
@@ -176,7 +184,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
                 } else if (width && k < rows.count) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        if (t0 + i < tokens) four[i] = stream_bits<false>(0, low, first, ((t0 & 31) + i) * width, width);
+                        if (t0 + i < tokens) four[i] = stream_bits(low, first, ((t0 & 31) + i) * width, width);
                 }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) value[i][k] = DELTA ? (int)(four[i] >> 1) ^ -(int)(four[i] & 1) : (int)four[i];
@@ -221,7 +229,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
                 }
             }
         }
-        rows.store_rows(t0, tokens, out);
+        rows.store_rows(row, t0, tokens, out);
     }
     return !ANS || (state == STATE_LOW && (int)(words - stage) + 2 * passed == 2 * at.num_words);
 }

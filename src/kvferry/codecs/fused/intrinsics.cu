@@ -25,6 +25,12 @@ __device__ __forceinline__ u32 lanes_behind() {
     return mask;
 }
 
+// v, which is not known before: what is made of it is not made ahead of a loop, and kept in registers that are needed.
+__device__ __forceinline__ int made_now(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 // ---- memory ----
 
 // Shared memory by its own 32-bit addresses: through pointers, the compiler computes the window's base in every step.

@@ -69,7 +69,7 @@ __device__ __forceinline__ Target target_of(const Job &job, const Item &item, co
         target.give = out + (8 * (lane >> 4) + (lane & 7)) * OUT_ROW_BYTES + 16 * (lane & 8 ? tile[1] : tile[0]);
     } else {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) target.start[j] = start_of(place, column, tile[j], !KVF_INVERSE) + 4 * column_of;
+        for (int j = 0; j < 2; ++j) target.start[j] = (KVF_INVERSE ? start_of(place, column, tile[j]) : place.coded_start + 16 * tile[j]) + 4 * column_of;
     }
 #if KVF_INVERSE
 #pragma unroll
@@ -96,7 +96,7 @@ struct TileAngles {
 };
 
 // The delivered values, or the coefficients, of 16 rows from `first_row` on: to where they belong.
-__device__ __forceinline__ void deliver(const Target &target, const Sums &sums, int first_row, const TileAngles &angles, u32 factor, u32 rows_to,
+__device__ __forceinline__ void deliver(const Target &target, const Sums &sums, int first_row, const TileAngles &angles, u32 factor, u32 rows_at, int tokens,
                                         float &largest) {
     const int lane = threadIdx.x & 31, row_of = lane >> 2;
     u32 word[4];
@@ -146,7 +146,8 @@ __device__ __forceinline__ void deliver(const Target &target, const Sums &sums, 
     } else {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const u64 there = load_place(rows_to, first_row + row_of + 8 * h);
+            const int t = first_row + row_of + 8 * h;
+            const u64 there = KVF_INVERSE ? load_place(rows_at, t) : t < tokens ? t * (2 * N) : NOWHERE;
 #pragma unroll
             for (int j = 0; j < 2; ++j)
                 if (somewhere(there)) store_pair(target.start[j] + there, word[2 * h + j]);
@@ -160,8 +161,8 @@ struct Held {
     int part;
 };
 
-__device__ __forceinline__ void multiply_rows(const Job &job, const Item &item, Place &place, const Column *column, u32 rows, u32 factor,
-                                              u32 rows_to, u32 out, Held &held) {
+__device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const Place &place, const Column *column, u32 rows, u32 factor,
+                                              u32 rows_at, u32 out, Held &held) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const bool turned = item.turned;
     const uint4 *basis = job.basis + (i64)item.part * TILES * STEPS * 32 + lane;
@@ -214,20 +215,20 @@ __device__ __forceinline__ void multiply_rows(const Job &job, const Item &item, 
                 }
             }
 #pragma unroll
-            for (int m = 0; m < AT_ONCE; ++m) deliver(target, sums[m], row + 16 * m, angles[m], factor, rows_to, largest);
+            for (int m = 0; m < AT_ONCE; ++m) deliver(target, sums[m], row + 16 * m, angles[m], factor, rows_at, item.tokens, largest);
         }
     }
-    if (!KVF_INVERSE && !(largest <= LARGEST)) place.bad = 1;
+    if (!KVF_INVERSE && !(largest <= LARGEST)) item.bad = 1;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_transform(const __grid_constant__ Job job) {
-    // Rows of BUFFERS items; what is delivered; what each row is multiplied by; and where those of three items belong.
+    // Rows of BUFFERS items; what is delivered; what each row is multiplied by; and where rows of three items lie in the cache.
     extern __shared__ uint4 shared[];
     __shared__ Item items[8];    // by number: of the last, this, and three more
     __shared__ Place places[3];  // of this item, the next and the one behind it (or before)
     __shared__ Column column[TILES];
-    __shared__ Token tokens[2 * TOKENS];  // of threads that look up, and of those that mark
-    const u32 buffers = shared_address(shared), out = buffers + BUFFERS * BUFFER_BYTES, factor = out + OUT_BYTES, rows_to = factor + 4 * TOKENS;
+    __shared__ Token tokens[TOKENS];
+    const u32 buffers = shared_address(shared), out = buffers + BUFFERS * BUFFER_BYTES, factor = out + OUT_BYTES, rows_at = factor + 4 * TOKENS;
     if (threadIdx.x == 0) {
         int line = 0, channel = 0;
         for (int i = 0; i < TILES; ++i) {
@@ -237,15 +238,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         }
     }
     __syncthreads();
-    if (threadIdx.x < 2 * TOKENS) tokens[threadIdx.x].block = -1;
+    if (threadIdx.x < TOKENS) tokens[threadIdx.x].block = -1;
     const Share share(job);
     const int size = share.size();
     if (size == 0) return;
     if (threadIdx.x < 3 && (int)threadIdx.x < size) Share::find(job, share, threadIdx.x, items[threadIdx.x]);
     __syncthreads();
-    for (int k = 0; k < 2; ++k) note(job, items[k], ask(job, items[k], tokens), places[k], rows_to + k * 8 * TOKENS);
+    for (int k = 0; k < 2; ++k) note(job, items[k], ask(job, items[k], tokens), places[k], rows_at + k * 8 * TOKENS);
     __syncthreads();
-    if (BUFFERS == 2) copy_rows(job, places[0], column, buffers);
+    if (BUFFERS == 2) copy_rows(job, items[0], places[0], column, buffers, rows_at);
     Held held;
     held.part = -1;
     bool good = false;
@@ -254,35 +255,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
     const auto complete = [&](int k) {
         const Item &item = items[k & 7];
         const Place &place = places[behind];
-        if (!KVF_INVERSE) mark(job, item, place, tokens, share.blocks);
-        if (!KVF_INVERSE && place.bad) copy_block(job, item, false);
-        else if (GATHERED && good) send_rows(job, place, column, out, rows_to + behind * 8 * TOKENS);
+        if (!KVF_INVERSE) mark(job, item, share.blocks);
+        if (!KVF_INVERSE && item.bad) copy_block(job, item, place, false);
+        else if (GATHERED && good) send_rows(job, item, place, column, out, rows_at + behind * 8 * TOKENS);
     };
 #pragma unroll 1
     for (int k = 0; k < size; ++k) {
-        const Item &item = items[k & 7];
-        Place &place = places[here];
+        Item &item = items[k & 7];
+        const Place &place = places[here];
         const int ahead = here == 2 ? 0 : here + 1;
         const u32 rows = buffers + (BUFFERS == 2 ? (k & 1) * BUFFER_BYTES : 0);
         RowAngles angles;
         if (!KVF_INVERSE && ALIGNED && item.turned) angles.ask(job, place, 0);
         if (BUFFERS == 1) {
             __syncthreads();
-            copy_rows(job, place, column, rows);
+            copy_rows(job, item, place, column, rows, rows_at + here * 8 * TOKENS);
         }
         await_copies();
         __syncthreads();
-        if (BUFFERS == 2 && k + 1 < size) copy_rows(job, places[ahead], column, buffers + ((k + 1) & 1) * BUFFER_BYTES);
+        if (BUFFERS == 2 && k + 1 < size) copy_rows(job, items[(k + 1) & 7], places[ahead], column, buffers + ((k + 1) & 1) * BUFFER_BYTES, rows_at + ahead * 8 * TOKENS);
         if (k > 0) complete(k - 1);
         if (k + 3 < size && threadIdx.x == THREADS - 64) share.find_next(job, k + 3, items[(k + 2) & 7], items[(k + 3) & 7]);
         Asked asked;
         if (k + 2 < size) asked = ask(job, items[(k + 2) & 7], tokens);
-        good = !KVF_INVERSE || (place.status == GOOD && !place.bad);
+        good = !KVF_INVERSE || (place.status == GOOD && !item.bad);
         if (good) round_rows(job, item, place, rows, factor, angles);
-        else if (place.status == GOOD) copy_block(job, item, true);
+        else if (place.status == GOOD) copy_block(job, item, place, true);
         __syncthreads();
-        if (k + 2 < size) note(job, items[(k + 2) & 7], asked, places[behind], rows_to + behind * 8 * TOKENS);
-        if (good) multiply_rows(job, item, place, column, rows, factor, rows_to + here * 8 * TOKENS, out, held);
+        if (k + 2 < size) note(job, items[(k + 2) & 7], asked, places[behind], rows_at + behind * 8 * TOKENS);
+        if (good) multiply_rows(job, item, place, column, rows, factor, rows_at + here * 8 * TOKENS, out, held);
         behind = here;
         here = ahead;
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvferry.blocks import MANTISSA_BITS
 from kvferry.codecs.transform import Transform
 from kvferry.codecs.transform.profile import SIDES, Profile
-from kvferry.device.nvrtc import Arguments, Kernel, cached_cubin, load_kernel, make_current
+from kvferry.device.nvrtc import Arguments, Kernel, cached_cubin, load_kernel, make_current, zero_words
 
 if TYPE_CHECKING:
     from kvferry.codecs.slots import SlotCodec
@@ -182,6 +182,8 @@ class _Prepared:
         with make_current(self.index):
             kernel, blocks, multiprocessors = _loaded(case, self.index)
             items = self.parts * chunks * -(-self.chunk_pages * self.page_tokens // _TOKENS)
+            if not inverse:  # a kernel marks the few blocks that are kept as they are
+                zero_words(scratch.marks.data_ptr(), chunks * self.chunk_pages * scratch.marks[0].nbytes // 4, self.index)
             sms = min(self.num_sms or multiprocessors, multiprocessors)
             kernel.launch(min(items, blocks * sms), THREADS, case.shared_bytes, Arguments(job))
 

@@ -23,10 +23,11 @@ constexpr int GOOD = 0;
 constexpr u64 NOWHERE = 1ull << 63;
 __device__ __forceinline__ bool somewhere(u64 place) { return (i64)place >= 0; }
 
-// Line l is {address of page 0, bytes from page to page, bytes from token to token | channels << 32}, as in common.cu.
+// Line l is {address of page 0, bytes from page to page, bytes from token to token | channels << 32}, as in common.cu. A chunk's tokens follow one
+// another in the coefficients, and chunks likewise.
 struct Job {
     const i64 *lines, *coded_lines;  // of the cache; of the coefficients, a part's being pieces of one row, marks last
-    const int *pages;                // of the cache, a row a chunk; of the coefficients, page j of chunk c is c*chunk_pages + j
+    const int *pages;                // of the cache, a row a chunk
     const int *positions;            // of each chunk's first token
     // Cosine and sine of pairs, [num_positions][HALF]; forward, and unless pairs are neighbours, [num_positions][4][HALF/8][2]: pairs 2i and 2i+1 of
     // each eight side by side, so that lanes of neighbouring eights read neighbouring words.
@@ -49,10 +50,14 @@ struct Column {
 
 // What a block works on: tokens of a chunk, of one part.
 struct Item {
-    int part, chunk, block, first_token, tokens;
-    int turned;  // keys, with RoPE
+    int part, chunk, block, first_token, tokens, first_row;  // first_row: among those of coefficients
+    int turned;                                              // keys, with RoPE
+    int bad;                                                 // kept, or to be kept, as it is
     int mark_line, mark_channel;
-    __device__ __forceinline__ const i64 *marks(const Job &job) const { return job.coded_lines + 3 * mark_line; }
+    __device__ __forceinline__ u16 *mark(const Job &job, int t) const {
+        const i64 *line = job.coded_lines + 3 * mark_line;
+        return (u16 *)(line[0] + (i64)(first_row + t) * (u32)line[2]) + mark_channel;
+    }
 };
 
 // A block's items: a run of all keys', then one of all values'. Its basis changes rarely, and all blocks have as much to turn.
@@ -67,6 +72,12 @@ struct Share {
         each = (int)((i64)of_side * (blockIdx.x + 1) / gridDim.x) - begin;
     }
     __device__ __forceinline__ int size() const { return 2 * each; }
+    __device__ __forceinline__ void set_tokens(Item &item) const {
+        item.first_token = item.block * TOKENS;
+        item.tokens = min(TOKENS, tokens_of_chunk - item.first_token);
+        item.first_row = item.chunk * tokens_of_chunk + item.first_token;
+        item.bad = 0;
+    }
     // The k-th of them.
     __device__ __noinline__ static void find(const Job &job, const Share &share, int k, Item &item) {
         const bool value = k >= share.each;
@@ -75,22 +86,19 @@ struct Share {
         item.part = (2 * layer + value) * job.groups + nth - layer * job.groups;
         item.chunk = rest / share.blocks;
         item.block = rest - item.chunk * share.blocks;
-        item.first_token = item.block * TOKENS;
-        item.tokens = min(TOKENS, share.tokens_of_chunk - item.first_token);
         item.turned = ROTARY > 0 && !value;
         item.mark_line = job.parts * job.coded_part_lines + item.part / job.mark_width;
         item.mark_channel = item.part % job.mark_width;
+        share.set_tokens(item);
     }
     // The k-th, from the one before it.
     __device__ __forceinline__ void find_next(const Job &job, int k, const Item &before, Item &item) const {
         const bool wraps = before.block + 1 == blocks;
-        const int block = wraps ? 0 : before.block + 1, chunk = before.chunk + wraps;
-        if (k == each || chunk == job.num_chunks) return find(job, *this, k, item);
+        if (k == each || before.chunk + wraps == job.num_chunks) return find(job, *this, k, item);
         item = before;
-        item.chunk = chunk;
-        item.block = block;
-        item.first_token = block * TOKENS;
-        item.tokens = min(TOKENS, tokens_of_chunk - item.first_token);
+        item.block = wraps ? 0 : before.block + 1;
+        item.chunk += wraps;
+        set_tokens(item);
     }
 };
 
@@ -98,9 +106,8 @@ constexpr int MOST_LINES = N / 16;
 
 // What is looked up of it before its rows.
 struct Place {
-    u64 row_from[TOKENS];  // where each row lies in the source, from its line's start on; NOWHERE if its page is missing
-    u64 line_start[MOST_LINES], coded_start;
-    int position, status, bad;
+    u64 line_start[MOST_LINES], coded_start;  // of the cache's lines; of the item's coefficients
+    int position, status;
 };
 
 // Where a thread's token of an item lies in its chunk; kept, for it changes with the block only.
@@ -115,107 +122,100 @@ struct Token {
     }
 };
 
-// A thread's share of that, on its way from memory.
+// A thread's share of what is looked up, on its way from memory.
 struct Asked {
     u64 word;
     int first, second;
 };
 
 __device__ __forceinline__ Asked ask(const Job &job, const Item &item, Token *tokens) {
-    Asked asked = {NOWHERE, -1, 0};
+    Asked asked = {0, -1, 0};
     const int i = threadIdx.x;
     if (i < TOKENS) {
-        Token &token = tokens[i];
-        token.find(job, item, i);
         if (i < item.tokens) {
-            const i64 *coded = job.coded_lines + 3 * item.part * job.coded_part_lines;
-            const i64 page = (i64)item.chunk * job.chunk_pages + token.page;
-            asked.first = job.pages[page];
+            Token &token = tokens[i];
+            token.find(job, item, i);
+            asked.first = job.pages[(i64)item.chunk * job.chunk_pages + token.page];
             asked.second = token.slot;
-            asked.word = page * coded[1] + token.slot * (i64)(u32)coded[2];
+            // All of an item have the same; those of missing pages have not been decoded.
+            if (KVF_INVERSE && asked.first >= 0 && (i == 0 || token.slot == 0)) asked.word = *item.mark(job, i);
         }
     } else if (i - TOKENS < job.part_lines) {
         asked.word = job.lines[3 * (item.part * job.part_lines + i - TOKENS)];
     } else if (i == THREADS - 1) {
+        asked.word = job.coded_lines[3 * item.part * job.coded_part_lines];
         asked.first = job.positions[item.chunk];
-#if KVF_INVERSE
-        const int p = item.first_token / job.page_tokens, r = item.first_token - p * job.page_tokens;
-        const i64 *marks = item.marks(job);
-        const u16 *mark = (const u16 *)(marks[0] + ((i64)item.chunk * job.chunk_pages + p) * marks[1] + r * (i64)(u32)marks[2]);
-        asked.word = mark[item.mark_channel];
-        asked.second = job.status[item.chunk];
-#endif
+        if (KVF_INVERSE) asked.second = job.status[item.chunk];
     }
     return asked;
 }
 
-// `rows_to`: likewise, in the destination; in shared memory.
-__device__ __forceinline__ u64 load_place(u32 rows_to, int t) {
+// `rows_at`: in shared memory, where each row lies in the cache from its line's start on; NOWHERE if its page is missing.
+__device__ __forceinline__ u64 load_place(u32 rows_at, int t) {
     u32 word[2];
-    load_shared_words<2>(rows_to + 8 * t, word);
+    load_shared_words<2>(rows_at + 8 * t, word);
     return word[0] | (u64)word[1] << 32;
 }
-__device__ __forceinline__ void note(const Job &job, const Item &item, const Asked &asked, Place &place, u32 rows_to) {
+__device__ __forceinline__ void note(const Job &job, Item &item, const Asked &asked, Place &place, u32 rows_at) {
     const int i = threadIdx.x;
     if (i < TOKENS) {
         const i64 *line = job.lines + 3 * item.part * job.part_lines;
-        const u64 there = asked.first < 0 ? NOWHERE : asked.first * line[1] + asked.second * (i64)(u32)line[2], here = asked.word;
-        place.row_from[i] = KVF_INVERSE ? here : there;
-        const u64 to = KVF_INVERSE ? there : here;
-        const u32 words[2] = {(u32)to, (u32)(to >> 32)};
-        store_shared_words<2>(rows_to + 8 * i, words);
+        const u64 there = asked.first < 0 ? NOWHERE : asked.first * line[1] + asked.second * (i64)(u32)line[2];
+        const u32 words[2] = {(u32)there, (u32)(there >> 32)};
+        store_shared_words<2>(rows_at + 8 * i, words);
+        if (KVF_INVERSE && from_half((u32)asked.word) > MARKED_ABOVE) item.bad = 1;
     } else if (i - TOKENS < job.part_lines) {
         place.line_start[i - TOKENS] = asked.word;
-    }
-    if (i == THREADS - 1) {
-        place.coded_start = job.coded_lines[3 * item.part * job.coded_part_lines];
+    } else if (i == THREADS - 1) {
+        place.coded_start = asked.word + (i64)item.first_row * (2 * N);
         place.position = asked.first + item.first_token;
         place.status = KVF_INVERSE ? asked.second : GOOD;
-        place.bad = KVF_INVERSE && from_half((u32)asked.word) > MARKED_ABOVE;
     }
 }
 
-// Where a row's vector c lies in the cache or among the coefficients, from the row's place on.
-__device__ __forceinline__ u64 start_of(const Place &place, const Column *column, int c, bool coded) {
-    return coded ? place.coded_start + 16 * c : place.line_start[column[c].line] + 2 * column[c].channel;
-}
+// Where a row's vector c lies in the cache, from the row's place on.
+__device__ __forceinline__ u64 start_of(const Place &place, const Column *column, int c) { return place.line_start[column[c].line] + 2 * column[c].channel; }
 
-// Calls `at(t, c, start, offset)` for this thread's vectors: c of row t, which begins at `start` from the row's place on; `offset` of it among
-// rows of `pitch` bytes.
+// Calls `visit(t, c, offset)` for this thread's vectors: c of row t, `offset` among rows of `pitch` bytes.
 template <typename Visit>
-__device__ __forceinline__ void each_vector(const Place &place, const Column *column, bool coded, int pitch, Visit visit) {
+__device__ __forceinline__ void each_vector(int pitch, Visit visit) {
     constexpr bool SAME = THREADS % VECTORS == 0;  // a thread's vectors lie below one another
     constexpr int COUNT = (TOKENS * VECTORS + THREADS - 1) / THREADS;
-    const u64 own = SAME ? start_of(place, column, threadIdx.x % VECTORS, coded) : 0;
-    const u32 own_offset = threadIdx.x / VECTORS * pitch + threadIdx.x % VECTORS * 16;
+    const u32 own = threadIdx.x / VECTORS * pitch + threadIdx.x % VECTORS * 16;
 #pragma unroll(COUNT <= 8 ? COUNT : 4)
     for (int b = 0; b < COUNT; ++b) {
         const int i = threadIdx.x + b * THREADS;
         if (TOKENS * VECTORS % THREADS != 0 && i >= TOKENS * VECTORS) break;
-        if (SAME) visit(threadIdx.x / VECTORS + b * (THREADS / VECTORS), own, own_offset + b * (THREADS / VECTORS) * pitch);
-        else visit(i / VECTORS, start_of(place, column, i % VECTORS, coded), i / VECTORS * pitch + i % VECTORS * 16);
+        if (SAME) visit(threadIdx.x / VECTORS + b * (THREADS / VECTORS), threadIdx.x % VECTORS, own + b * (THREADS / VECTORS) * pitch);
+        else visit(i / VECTORS, i % VECTORS, i / VECTORS * pitch + i % VECTORS * 16);
     }
 }
 
 // Rows that begin anywhere, at once.
-__device__ __noinline__ void read_rows(const Place &place, const Column *column, u32 rows) {
-    each_vector(place, column, false, ROW_BYTES, [&](int t, u64 start, u32 offset) {
-        const u64 from = place.row_from[t];
-        const u16 *q = (const u16 *)(start + from);
+__device__ __noinline__ void read_rows(const Place &place, const Column *column, u32 rows, u32 rows_at) {
+    each_vector(ROW_BYTES, [&](int t, int c, u32 offset) {
+        const u64 there = load_place(rows_at, t);
+        const u16 *q = (const u16 *)(start_of(place, column, c) + there);
         u32 v[4] = {};
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-            if (somewhere(from)) v[k] = q[2 * k] | (u32)q[2 * k + 1] << 16;
+            if (somewhere(there)) v[k] = q[2 * k] | (u32)q[2 * k + 1] << 16;
         store_shared_words<4>(rows + offset, v);
     });
 }
 // Ask for the rows of an item, as they are; zeros where there is none.
-__device__ __forceinline__ void copy_rows(const Job &job, const Place &place, const Column *column, u32 rows) {
-    if (!KVF_INVERSE && !job.vectors) return read_rows(place, column, rows);
-    each_vector(place, column, KVF_INVERSE, ROW_BYTES, [&](int t, u64 start, u32 offset) {
-        const u64 from = place.row_from[t];
-        copy_behind(rows + offset, somewhere(from) ? start + from : start, somewhere(from));
+__device__ __forceinline__ void copy_rows(const Job &job, const Item &item, const Place &place, const Column *column, u32 rows, u32 rows_at) {
+#if KVF_INVERSE
+    const u64 start = place.coded_start;
+    const int tokens = item.tokens;
+    each_vector(ROW_BYTES, [&](int t, int c, u32 offset) { copy_behind(rows + offset, start + (t * VECTORS + c) * 16, t < tokens); });
+#else
+    if (!job.vectors) return read_rows(place, column, rows, rows_at);
+    each_vector(ROW_BYTES, [&](int t, int c, u32 offset) {
+        const u64 start = start_of(place, column, c), there = load_place(rows_at, t);
+        copy_behind(rows + offset, somewhere(there) ? start + there : start, somewhere(there));
     });
+#endif
 }
 
 // A vector of a row that may begin anywhere.
@@ -225,49 +225,51 @@ __device__ __noinline__ void store_anywhere(u64 address, u32 a, u32 b, u32 c, u3
     store_pair(address + 8, c);
     store_pair(address + 12, d);
 }
-// Store what was gathered at `out`, of rows that `rows_to` says the places of.
-__device__ __forceinline__ void send_rows(const Job &job, const Place &place, const Column *column, u32 out, u32 rows_to) {
-    const bool vectors = !KVF_INVERSE || job.vectors;
-    each_vector(place, column, !KVF_INVERSE, OUT_ROW_BYTES, [&](int t, u64 start, u32 offset) {
+// Store what was gathered at `out`.
+__device__ __forceinline__ void send_rows(const Job &job, const Item &item, const Place &place, const Column *column, u32 out, u32 rows_at) {
+#if KVF_INVERSE
+    const bool vectors = job.vectors;
+    each_vector(OUT_ROW_BYTES, [&](int t, int c, u32 offset) {
         u32 v[4];
         load_shared_words<4>(out + offset, v);
-        const u64 to = load_place(rows_to, t);
-        if (!somewhere(to)) return;
-        if (vectors) store_global<16>((u8 *)(start + to), v);
-        else store_anywhere(start + to, v[0], v[1], v[2], v[3]);
+        const u64 there = load_place(rows_at, t), to = start_of(place, column, c) + there;
+        if (!somewhere(there)) return;
+        if (vectors) store_global<16>((u8 *)to, v);
+        else store_anywhere(to, v[0], v[1], v[2], v[3]);
     });
+#else
+    const u64 start = place.coded_start;
+    const int tokens = item.tokens;
+    each_vector(OUT_ROW_BYTES, [&](int t, int c, u32 offset) {
+        u32 v[4];
+        load_shared_words<4>(out + offset, v);
+        if (t < tokens) store_global<16>((u8 *)(start + (t * VECTORS + c) * 16), v);
+    });
+#endif
 }
 
 // Copy an item's values as they are, 2 bytes at a time: between pages and coefficients, either way.
-__device__ __noinline__ void copy_block(const Job &job, const Item &item, bool to_pages) {
-    const int part = item.part, chunk = item.chunk, first_token = item.first_token, tokens = item.tokens;
-    const i64 *coded = job.coded_lines + 3 * part * job.coded_part_lines;
+__device__ __noinline__ void copy_block(const Job &job, const Item &item, const Place &place, bool to_pages) {
     for (int l = 0, channels, before = 0; l < job.part_lines; ++l, before += channels) {
-        const i64 *line = job.lines + 3 * (part * job.part_lines + l);
+        const i64 *line = job.lines + 3 * (item.part * job.part_lines + l);
         channels = (int)(line[2] >> 32);
-        for (int i = threadIdx.x; i < tokens * channels; i += THREADS) {
-            const int t = i / channels, c = i - t * channels, token = first_token + t, p = token / job.page_tokens, r = token - p * job.page_tokens;
-            const int page = job.pages[(i64)chunk * job.chunk_pages + p];
+        for (int i = threadIdx.x; i < item.tokens * channels; i += THREADS) {
+            const int t = i / channels, c = i - t * channels, token = item.first_token + t, p = token / job.page_tokens, r = token - p * job.page_tokens;
+            const int page = job.pages[(i64)item.chunk * job.chunk_pages + p];
             u16 *there = (u16 *)(line[0] + page * line[1] + r * (i64)(u32)line[2]) + c;
-            u16 *here = (u16 *)(coded[0] + ((i64)chunk * job.chunk_pages + p) * coded[1] + r * (i64)(u32)coded[2]) + before + c;
+            u16 *here = (u16 *)place.coded_start + t * N + before + c;
             if (!to_pages) *here = page < 0 ? (u16)0 : *there;
             else if (page >= 0) *there = *here;
         }
     }
 }
 
-// Forward, once it is known whether all have coefficients: the item's bounds and its mark.
-__device__ __forceinline__ void mark(const Job &job, const Item &item, const Place &place, Token *tokens, int blocks) {
-    const bool bad = place.bad;
+// Forward, once it is known whether all have coefficients: the item's bounds, and its mark (there are zeros) if it has one.
+__device__ __forceinline__ void mark(const Job &job, const Item &item, int blocks) {
+    const bool bad = item.bad;
     float *bounds = job.bounds + ((i64)item.chunk * blocks + item.block) * job.coded;
     const int i = (int)threadIdx.x - 2 * TOKENS;  // not those who look things up
     if (i >= 0 && i < job.coded_part_lines) bounds[item.part * job.coded_part_lines + i] = bad ? EXACT_BOUND : job.bound;
     if (i == 0) bounds[item.mark_line] = job.bound;
-    if (i >= 0 && i < item.tokens) {
-        Token &token = tokens[TOKENS + i];
-        token.find(job, item, i);
-        const i64 *marks = item.marks(job);
-        u16 *to = (u16 *)(marks[0] + ((i64)item.chunk * job.chunk_pages + token.page) * marks[1] + token.slot * (i64)(u32)marks[2]);
-        to[item.mark_channel] = (u16)half_bits(bad ? MARK : 0.0f);
-    }
+    if (bad && i >= 0 && i < item.tokens) *item.mark(job, i) = (u16)half_bits(MARK);
 }

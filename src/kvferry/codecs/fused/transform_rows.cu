@@ -111,54 +111,63 @@ struct RowAngles {
 };
 
 // The rows of an item at `rows`, and by what a row's products are to be multiplied. `ahead`: of round 0, where ALIGNED and turned.
-__device__ __forceinline__ void round_rows(const Job &job, const Item &item, Place &place, u32 rows, u32 factor, RowAngles &ahead) {
+__device__ __forceinline__ void round_rows(const Job &job, Item &item, const Place &place, u32 rows, u32 factor, RowAngles &ahead) {
+    constexpr int TOGETHER = EACH <= 2 && ROUNDS % 2 == 0 ? 2 : 1;  // rounds that hide each other's latencies
     const int j = threadIdx.x % LANES;
     const float scale = job.scale[item.part];
     const float4 *mean = (const float4 *)(job.mean + item.part * N);
-#pragma unroll(EACH <= 2 ? ROUNDS : 1)
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int t = row_of_thread(round);
-        const u32 row = rows + t * ROW_BYTES;
-        u32 word[EACH][4];
-        float x[EACH][8];
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; round += TOGETHER) {
+        u32 row[TOGETHER], most[TOGETHER], word[TOGETHER][EACH][4];
+        float x[TOGETHER][EACH][8];
 #pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-            const int v = j + LANES * k;
-            word[k][0] = word[k][1] = word[k][2] = word[k][3] = 0;
-            if (VECTORS % LANES == 0 || v < VECTORS) load_shared_words<4>(row + 16 * v, word[k]);
-        }
-        u32 most;
-#if KVF_INVERSE
-        most = largest_half(word);
-        if (most >= INFINITE_HALF) {
+        for (int r = 0; r < TOGETHER; ++r) {
+            row[r] = rows + row_of_thread(round + r) * ROW_BYTES;
 #pragma unroll
-            for (int k = 0; k < EACH; ++k)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) word[k][i] = finite_halves(word[k][i]);
-            most = largest_half(word);
-        }
-#pragma unroll
-        for (int k = 0; k < EACH; ++k) split(word[k], true, x[k]);
-#else
-#pragma unroll
-        for (int k = 0; k < EACH; ++k) split(word[k], false, x[k]);
-        if (ROTARY > 0 && item.turned) {
-            if constexpr (ALIGNED) {
-#pragma unroll
-                for (int k = 0; k + PARTNER < EACH; ++k) {
-                    if (k % HEAD_EACH >= PARTNER) continue;
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) turn_back(x[k][i], x[k + PARTNER][i], ahead.of[k % HEAD_EACH].cosine(i), ahead.of[k % HEAD_EACH].sine(i));
-                }
-                if (round + 1 < ROUNDS) ahead.ask(job, place, round + 1);
-            } else {
-                const float2 *angles = angles_of(job, place.position + t);
-#pragma unroll
-                for (int k = 0; k < EACH; ++k)
-                    if (VECTORS % LANES == 0 || j + LANES * k < VECTORS) turn_back_alone(angles, row, j + LANES * k, x[k]);
+            for (int k = 0; k < EACH; ++k) {
+                const int v = j + LANES * k;
+                word[r][k][0] = word[r][k][1] = word[r][k][2] = word[r][k][3] = 0;
+                if (VECTORS % LANES == 0 || v < VECTORS) load_shared_words<4>(row[r] + 16 * v, word[r][k]);
             }
         }
-        float largest[4] = {};
+#if KVF_INVERSE
+#pragma unroll
+        for (int r = 0; r < TOGETHER; ++r) {
+            most[r] = largest_half(word[r]);
+            if (most[r] >= INFINITE_HALF) {
+#pragma unroll
+                for (int k = 0; k < EACH; ++k)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) word[r][k][i] = finite_halves(word[r][k][i]);
+                most[r] = largest_half(word[r]);
+            }
+#pragma unroll
+            for (int k = 0; k < EACH; ++k) split(word[r][k], true, x[r][k]);
+        }
+#else
+#pragma unroll
+        for (int r = 0; r < TOGETHER; ++r) {
+#pragma unroll
+            for (int k = 0; k < EACH; ++k) split(word[r][k], false, x[r][k]);
+            if (ROTARY > 0 && item.turned) {
+                if constexpr (ALIGNED) {
+#pragma unroll
+                    for (int k = 0; k + PARTNER < EACH; ++k) {
+                        if (k % HEAD_EACH >= PARTNER) continue;
+                        const Angles &angle = ahead.of[k % HEAD_EACH];
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) turn_back(x[r][k][i], x[r][k + PARTNER][i], angle.cosine(i), angle.sine(i));
+                    }
+                    if (round + r + 1 < ROUNDS) ahead.ask(job, place, round + r + 1);
+                } else {
+                    const float2 *angles = angles_of(job, place.position + row_of_thread(round + r));
+#pragma unroll
+                    for (int k = 0; k < EACH; ++k)
+                        if (VECTORS % LANES == 0 || j + LANES * k < VECTORS) turn_back_alone(angles, row[r], j + LANES * k, x[r][k]);
+                }
+            }
+        }
+        float largest[TOGETHER][4] = {};
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
             const int v = j + LANES * k;
@@ -166,47 +175,58 @@ __device__ __forceinline__ void round_rows(const Job &job, const Item &item, Pla
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float4 of = __ldg(mean + i * VECTORS + v);
-                x[k][4 * i] = __fsub_rn(x[k][4 * i], of.x);
-                x[k][4 * i + 1] = __fsub_rn(x[k][4 * i + 1], of.y);
-                x[k][4 * i + 2] = __fsub_rn(x[k][4 * i + 2], of.z);
-                x[k][4 * i + 3] = __fsub_rn(x[k][4 * i + 3], of.w);
-            }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) largest[i % 4] = larger_or_nan(largest[i % 4], fabsf(x[k][i]));
+                for (int r = 0; r < TOGETHER; ++r) {
+                    x[r][k][4 * i] = __fsub_rn(x[r][k][4 * i], of.x);
+                    x[r][k][4 * i + 1] = __fsub_rn(x[r][k][4 * i + 1], of.y);
+                    x[r][k][4 * i + 2] = __fsub_rn(x[r][k][4 * i + 2], of.z);
+                    x[r][k][4 * i + 3] = __fsub_rn(x[r][k][4 * i + 3], of.w);
+#pragma unroll
+                    for (int b = 0; b < 4; ++b) largest[r][b] = larger_or_nan(largest[r][b], fabsf(x[r][k][4 * i + b]));
+                }
+            }
         }
-        most = __float_as_uint(larger_or_nan(larger_or_nan(largest[0], largest[1]), larger_or_nan(largest[2], largest[3])));  // the larger number, the larger as an integer; NaN above all
+#pragma unroll
+        for (int r = 0; r < TOGETHER; ++r)  // the larger number, the larger as an integer; NaN above all
+            most[r] = __float_as_uint(larger_or_nan(larger_or_nan(largest[r][0], largest[r][1]), larger_or_nan(largest[r][2], largest[r][3])));
 #endif
 #pragma unroll
-        for (int apart = 1; apart < LANES; apart *= 2) most = max(most, __shfl_xor_sync(FULL, most, apart));
+        for (int apart = 1; apart < LANES; apart *= 2)
+#pragma unroll
+            for (int r = 0; r < TOGETHER; ++r) most[r] = max(most[r], __shfl_xor_sync(FULL, most[r], apart));
+        __syncwarp();  // the rows have been read
+#pragma unroll
+        for (int r = 0; r < TOGETHER; ++r) {
 #if KVF_INVERSE
-        most = __float_as_uint(from_half(most));
+            most[r] = __float_as_uint(from_half(most[r]));
 #endif
-        // frexp's exponent, kept to where all powers of two are normal numbers; one more where rounding would take 17 bits.
-        int exponent = min(max((int)(most >> 23) - 126, -60), 128);
-        exponent += __fmul_rn(__uint_as_float(most), power_of_two(15 - exponent)) >= 32767.5f;
-        const float up = power_of_two(15 - exponent);
-        __syncwarp();  // the row has been read
+            // frexp's exponent, kept to where all powers of two are normal numbers; one more where rounding would take 17 bits.
+            int exponent = min(max((int)(most[r] >> 23) - 126, -60), 128);
+            exponent += __fmul_rn(__uint_as_float(most[r]), power_of_two(15 - exponent)) >= 32767.5f;
+            const float up = power_of_two(15 - exponent);
 #pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-            const int v = j + LANES * k;
-            if (inner_vectors % LANES != 0 && v >= inner_vectors) continue;
-            u32 upper[2], lower[2];
+            for (int k = 0; k < EACH; ++k) {
+                const int v = j + LANES * k;
+                if (inner_vectors % LANES != 0 && v >= inner_vectors) continue;
+                u32 upper[2], lower[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                // 1.5 * 2**23: adding it leaves the rounded integer in the low bits. The product is exact.
-                u32 w[4];
+                for (int i = 0; i < 2; ++i) {
+                    // 1.5 * 2**23: adding it leaves the rounded integer in the low bits. The product is exact.
+                    u32 w[4];
 #pragma unroll
-                for (int b = 0; b < 4; ++b) w[b] = __float_as_uint(__fmaf_rn(x[k][4 * i + b], up, 12582912.0f));
-                const u32 first = __byte_perm(w[0], w[1], 0x5410), second = __byte_perm(w[2], w[3], 0x5410);
-                upper[i] = __byte_perm(first, second, 0x7531);
-                lower[i] = __byte_perm(first, second, 0x6420);
+                    for (int b = 0; b < 4; ++b) w[b] = __float_as_uint(__fmaf_rn(x[r][k][4 * i + b], up, 12582912.0f));
+                    const u32 first = __byte_perm(w[0], w[1], 0x5410), second = __byte_perm(w[2], w[3], 0x5410);
+                    upper[i] = __byte_perm(first, second, 0x7531);
+                    lower[i] = __byte_perm(first, second, 0x6420);
+                }
+                store_shared_words<2>(row[r] + 8 * v, upper);
+                store_shared_words<2>(row[r] + DEPTH + 8 * v, lower);
             }
-            store_shared_words<2>(row + 8 * v, upper);
-            store_shared_words<2>(row + DEPTH + 8 * v, lower);
-        }
-        if (j == 0) {
-            store_shared(factor + 4 * t, __float_as_uint(__fmul_rn(power_of_two(exponent - 22), scale)));  // exact
-            if (!KVF_INVERSE && most >= INFINITE && t < item.tokens) place.bad = 1;
+            if (j == 0) {
+                const int t = row_of_thread(round + r);
+                store_shared(factor + 4 * t, __float_as_uint(__fmul_rn(power_of_two(exponent - 22), scale)));  // exact
+                if (!KVF_INVERSE && most[r] >= INFINITE && t < item.tokens) item.bad = 1;
+            }
         }
     }
 }
