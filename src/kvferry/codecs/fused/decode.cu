@@ -70,7 +70,7 @@ __device__ __forceinline__ bool decode_tile(const Source &s, const Tile &tile, c
     good = good && size == at.exact_at + pad4(KVF_ITEM * at.num_exact);
     const bool staged = !ANS && good && __all_sync(FULL, narrow) && at.low_words < STAGE_WORDS;
     // One pass over the bytes: checksum, and what decoding needs often into shared memory.
-    const int low_staged = ANS && at.low_words <= STAGE_WORDS / 2 ? at.low_words : 0;  // words lie behind them, here and there
+    const int low_staged = ANS && BOUNDED && at.low_words <= STAGE_WORDS / 2 ? at.low_words : 0;  // words lie behind them, here and there
     const int stage_first = (ANS ? at.words_at : at.low_at) / 4 - low_staged;
     const int stage_count = !good ? 0 : ANS ? min(STAGE_WORDS, low_staged + (at.num_words + 1) / 2) : staged ? at.low_words : 0;
     // All loads of a batch before the first is used: one latency for 1 KiB.

@@ -19,19 +19,21 @@ struct Sections {
     int planes_at, low_at, low_words, words_at, num_words, positions_at, exact_at, num_exact;
 };
 
-// The tile's low bits: in shared memory, unless they are many.
-struct LowBits {
-    const u32 *memory;
-    u32 shared;  // or 0
-    __device__ __forceinline__ u32 operator[](int word) const { return shared ? load_shared(shared + 4 * word) : memory[word]; }
-};
 // `width` bits of a dense stream, which begins with word `first`, from bit `bit` on; a stream's last word is read only where it is needed.
-__device__ __forceinline__ u32 stream_bits(const LowBits &low, int first, int bit, int width) {
+__device__ __forceinline__ u32 stream_bits(const u32 *low, int first, int bit, int width) {
     const int word = first + (bit >> 5), from = bit & 31;
     u32 high = 0;
     if (from + width > 32) high = low[word + 1];
     const u32 bits = __funnelshift_r(low[word], high, from);
     return width == 32 ? bits : bits & ((1u << width) - 1);
+}
+// The same of four tokens, where they are not in shared memory or take more than a word: rare.
+__device__ __noinline__ uint4 stream_bits_of_four(const u32 *low, int first, int t0, int tokens, int width) {
+    u32 bits[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (t0 + i < tokens) bits[i] = stream_bits(low, first, (t0 + i) * width, width);
+    return {bits[0], bits[1], bits[2], bits[3]};
 }
 
 // Added to bases, so that a code is a float's bits as it is summed up (see `whole`).
@@ -45,7 +47,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
     constexpr int PACKED = Rows<CPL>::PACKED;
     const u32 below = lanes_before();
     const int tokens = tile.tokens, channels = tile.channels;
-    const LowBits low = {(const u32 *)(in + at.low_at), low_stage};
+    const u32 *low = (const u32 *)(in + at.low_at);
     u32 words = stage;  // address of the next rANS word
     int passed = 0;     // words before the window
     // Beyond this the window must move on: four tokens take at most 2 * CPL * 32 words.
@@ -66,6 +68,7 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
         slots[k] = tables + table * PROB_SCALE * 4;
         code[k] = 0;
         add[k] = groups.base[0][k] + WHOLE;
+        if (ANS && BOUNDED && !DELTA) add[k] -= (1 << shift[k]) >> 1;  // for the low bits, whose zero lies in the middle
     }
     // Bytes of planes run a group of four tokens ahead.
     const bool plane_words = CPL == 4 && channels % 4 == 0;
@@ -137,26 +140,36 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
             // Behind the last token nothing is coded. Twice the code: choosing in every step costs more, and the other is hardly ever there.
             if (t0 + 4 > tokens) decode_symbols(true);
             else decode_symbols(false);
-            if (LOW_BITS || (BOUNDED && has_low)) {
+            if constexpr (LOW_BITS > 0) {
+                take_symbols();
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    const int width = shift[k];  // LOW_BITS, or 0 of a channel that is not there; four times that fit a word
+                    if (width == 0) continue;
+                    const u32 four = stream_bits(low, groups.low[0][k], t0 * width, min(4, tokens - t0) * width), mask = (1u << width) - 1;
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) value[i][k] = value[i][k] * (1 << width) + (int)(four >> (i * width) & mask);
+                }
+            } else if (BOUNDED && has_low) {
                 take_symbols();
 #pragma unroll
                 for (int k = 0; k < CPL; ++k) {
                     const int width = made_now(shift[k]);
                     if (width == 0) continue;
-                    if (width <= 8) {  // of four tokens at once
-                        const u32 four = stream_bits(low, groups.low[0][k], t0 * width, min(4, tokens - t0) * width), mask = (1u << width) - 1;
+                    u32 bits[4];
+                    if (low_stage && width <= 8) {  // four tokens' lie in two words
+                        const u32 address = low_stage + 4 * (groups.low[0][k] + (t0 * width >> 5)), mask = (1u << width) - 1;
+                        const u32 four = __funnelshift_r(load_shared(address), load_shared(address + 4), t0 * width);
 #pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            value[i][k] = value[i][k] * (1 << width) + (int)(four >> (i * width) & mask) - (BOUNDED ? (1 << width) >> 1 : 0);
-                        continue;
+                        for (int i = 0; i < 4; ++i) bits[i] = four >> (i * width) & mask;
+                    } else {
+                        const uint4 four = stream_bits_of_four(low, groups.low[0][k], t0, tokens, width);
+                        bits[0] = four.x, bits[1] = four.y, bits[2] = four.z, bits[3] = four.w;
                     }
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (t0 + i < tokens)
-                            value[i][k] = value[i][k] * (1 << width) + (int)stream_bits(low, groups.low[0][k], (t0 + i) * width, width) -
-                                          (BOUNDED ? (1 << width) >> 1 : 0);
+                    for (int i = 0; i < 4; ++i) value[i][k] = value[i][k] * (1 << width) + (int)bits[i] - (DELTA ? (1 << width) >> 1 : 0);
                 }
-                if (BOUNDED) add_up(whole_sum);
+                add_up(whole_sum);
             } else if (BOUNDED) {
                 // The symbol is taken out and added in one instruction: as a shift, it would be taken out before the branch, for both.
                 add_up([](int v, int more) { return __mulhi(v, 256) + more; });

@@ -283,9 +283,9 @@ __device__ __forceinline__ void take_word(u32 &state, u32 &words, u32 below) {
 // c += a * b on tensor cores, 16 x 32 times 32 x 8 bytes, each signed or not (PTX ISA, mma.m16n8k32).
 #define KVF_MMA(NAME, A, B)                                                                                                 \
     __device__ __forceinline__ void NAME(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {                                  \
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." A "." B ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                       \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                       \
+        asm("mma.sync.aligned.m16n8k32.row.col.s32." A "." B ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                \
     }
 KVF_MMA(multiply_high, "s8", "s8")
 KVF_MMA(multiply_high_low, "s8", "u8")

@@ -7,10 +7,6 @@ constexpr int SHARE = PAIRS >= WARPS - 3 ? 1 : PAIRS > 2 ? 2 : 4;  // warps that
 constexpr int AHEAD = STEPS < 2 ? STEPS : 2;
 constexpr float LARGEST = 65504.0f;
 
-// high * 2**16 + middle * 2**8 + low over 2**8, rounded down: below 2**27 in magnitude, since rows of a basis have length 1. What exceeds
-// 32 bits on the way wraps and comes back.
-__device__ __forceinline__ float upper_sum(int high, int middle, int low) { return (float)(high * 256 + middle + (low >> 8)); }
-
 // Two coefficients as float16, the first in the low half; denormals and negative zeros become zeros.
 __device__ __forceinline__ u32 coefficient_pair(float first, float second) { return flushed_pair(half_pair(first, second)); }
 // Two values. Those of bfloat16 are far below its largest: coefficients below 2**16, steps and means at most 2**100.
@@ -37,6 +33,10 @@ __device__ __forceinline__ int second_tile(int p, int first, bool turned) {
     return first + 1;
 }
 
+// Whether all pairs of an item are to be turned: known (0, 1), or to be looked up for each (LOOK).
+constexpr int LOOK = 2;
+constexpr bool ALL_TURN = KVF_INVERSE && ROTARY > 0 && !KVF_INTERLEAVED && ROTARY == HEAD;
+
 // What a lane has of the sums: rows `lane / 4` and 8 further, columns `2 * (lane % 4)` and next, of a pair of column tiles.
 struct Sums {
     int high[2][4], middle[2][4], low[2][4];
@@ -52,6 +52,19 @@ __device__ __forceinline__ void multiply(Sums &sums, const u32 (&upper)[4], cons
     }
 }
 
+// high * 2**16 + middle * 2**8 + low over 2**8, rounded down: below 2**27 in magnitude, since rows of a basis have length 1. What exceeds
+// 32 bits on the way wraps and comes back.
+struct Whole {
+    int of[2][4];
+    __device__ __forceinline__ Whole() {}
+    __device__ __forceinline__ explicit Whole(const Sums &sums) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) of[j][i] = sums.high[j][i] * 256 + sums.middle[j][i] + (sums.low[j][i] >> 8);
+    }
+};
+
 // Where a pair's columns go, and what their values need.
 struct Target {
     u32 give;      // GATHERED: of this lane's row (as load_fragments takes them) of its tile
@@ -62,6 +75,7 @@ struct Target {
     bool turned;
 };
 
+template <int TURNED>
 __device__ __forceinline__ Target target_of(const Job &job, const Item &item, const Place &place, const Column *column, const int (&tile)[2], u32 out) {
     const int lane = threadIdx.x & 31, column_of = lane & 3;
     Target target;
@@ -75,7 +89,7 @@ __device__ __forceinline__ Target target_of(const Job &job, const Item &item, co
 #pragma unroll
     for (int j = 0; j < 2; ++j) target.mean[j] = __ldg((const float2 *)(job.mean + item.part * N + 8 * tile[j] + 2 * column_of));
     target.in_head = (8 * tile[0] + 2 * column_of) % HEAD;
-    target.turned = item.turned && (KVF_INTERLEAVED || target.in_head < HALF);
+    target.turned = TURNED == LOOK ? item.turned && (KVF_INTERLEAVED || target.in_head < HALF) : TURNED;
     target.angles = job.angles + (KVF_INTERLEAVED ? 0 : target.in_head);
     target.position = place.position;
     target.last_position = job.num_positions - 1;
@@ -96,7 +110,7 @@ struct TileAngles {
 };
 
 // The delivered values, or the coefficients, of 16 rows from `first_row` on: to where they belong.
-__device__ __forceinline__ void deliver(const Target &target, const Sums &sums, int first_row, const TileAngles &angles, u32 factor, u32 rows_at, int tokens,
+__device__ __forceinline__ void deliver(const Target &target, const Whole &whole, int first_row, const TileAngles &angles, u32 factor, u32 rows_at, int tokens,
                                         float &largest) {
     const int lane = threadIdx.x & 31, row_of = lane >> 2;
     u32 word[4];
@@ -107,8 +121,8 @@ __device__ __forceinline__ void deliver(const Target &target, const Sums &sums, 
         float2 y[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            y[j].x = __fmul_rn(upper_sum(sums.high[j][2 * h], sums.middle[j][2 * h], sums.low[j][2 * h]), by);
-            y[j].y = __fmul_rn(upper_sum(sums.high[j][2 * h + 1], sums.middle[j][2 * h + 1], sums.low[j][2 * h + 1]), by);
+            y[j].x = __fmul_rn((float)whole.of[j][2 * h], by);
+            y[j].y = __fmul_rn((float)whole.of[j][2 * h + 1], by);
 #if KVF_INVERSE
             y[j].x = __fadd_rn(y[j].x, target.mean[j].x);
             y[j].y = __fadd_rn(y[j].y, target.mean[j].y);
@@ -161,6 +175,7 @@ struct Held {
     int part;
 };
 
+template <int TURNED>
 __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const Place &place, const Column *column, u32 rows, u32 factor,
                                               u32 rows_at, u32 out, Held &held) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -170,7 +185,7 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
     float largest = 0.0f;
 #pragma unroll 1
     for (int unit = warp; unit < PAIRS * SHARE; unit += WARPS) {
-        const int p = unit / SHARE, begin = unit % SHARE * (TOKENS / SHARE);
+        const int p = unit / SHARE, begin = unit % SHARE * (TOKENS / SHARE), end = begin + TOKENS / SHARE;
         const int first = first_tile(p, turned), tile[2] = {first, second_tile(p, first, turned)};
         const auto fetch_basis = [&](int k, uint4(&to)[2]) {
 #pragma unroll
@@ -181,15 +196,15 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) fetch_basis(k, held.of[k]);
         }
-        const Target target = target_of(job, item, place, column, tile, out);
-        constexpr bool TURNS = KVF_INVERSE && ROTARY > 0 && !KVF_INTERLEAVED;
-#pragma unroll 1
-        for (int row = begin; row < begin + TOKENS / SHARE; row += 16 * AT_ONCE) {
-            Sums sums[AT_ONCE] = {};
-            TileAngles angles[AT_ONCE];
+        const Target target = target_of<TURNED>(job, item, place, column, tile, out);
+        TileAngles angles[AT_ONCE];
+        Whole whole[AT_ONCE];
+        const auto ask_angles = [&](int row) {
 #pragma unroll
             for (int m = 0; m < AT_ONCE; ++m)
-                if (TURNS && target.turned) angles[m].ask(target, row + 16 * m + (lane >> 2));
+                if (KVF_INVERSE && ROTARY > 0 && !KVF_INTERLEAVED && target.turned) angles[m].ask(target, row + 16 * m + (lane >> 2));
+        };
+        const auto product = [&](int row, Sums(&sums)[AT_ONCE]) {
             uint4 next[AHEAD][2];
             if (!HELD) {
 #pragma unroll
@@ -214,8 +229,39 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
                     multiply(sums[m], upper, lower, b);
                 }
             }
+        };
+        const auto add_up = [&](const Sums(&sums)[AT_ONCE]) {
 #pragma unroll
-            for (int m = 0; m < AT_ONCE; ++m) deliver(target, sums[m], row + 16 * m, angles[m], factor, rows_at, item.tokens, largest);
+            for (int m = 0; m < AT_ONCE; ++m) whole[m] = Whole(sums[m]);
+        };
+        const auto deliver_all = [&](int row) {
+#pragma unroll
+            for (int m = 0; m < AT_ONCE; ++m) deliver(target, whole[m], row + 16 * m, angles[m], factor, rows_at, item.tokens, largest);
+        };
+        constexpr int STEP = 16 * AT_ONCE;
+        if (HELD) {  // rows are delivered while the next ones are multiplied
+            ask_angles(begin);
+            Sums sums[AT_ONCE] = {};
+            product(begin, sums);
+            add_up(sums);
+#pragma unroll 1
+            for (int row = begin + STEP; row < end; row += STEP) {
+                Sums sums[AT_ONCE] = {};
+                product(row, sums);
+                deliver_all(row - STEP);
+                ask_angles(row);
+                add_up(sums);
+            }
+            deliver_all(end - STEP);
+        } else {
+#pragma unroll 1
+            for (int row = begin; row < end; row += STEP) {
+                Sums sums[AT_ONCE] = {};
+                ask_angles(row);
+                product(row, sums);
+                add_up(sums);
+                deliver_all(row);
+            }
         }
     }
     if (!KVF_INVERSE && !(largest <= LARGEST)) item.bad = 1;
@@ -283,7 +329,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         else if (place.status == GOOD) copy_block(job, item, place, true);
         __syncthreads();
         if (k + 2 < size) note(job, items[(k + 2) & 7], asked, places[behind], rows_at + behind * 8 * TOKENS);
-        if (good) multiply_rows(job, item, place, column, rows, factor, rows_at + here * 8 * TOKENS, out, held);
+        const u32 own_rows = rows_at + here * 8 * TOKENS;
+        if (good) {
+            if (!ALL_TURN) multiply_rows<LOOK>(job, item, place, column, rows, factor, own_rows, out, held);
+            else if (item.turned) multiply_rows<1>(job, item, place, column, rows, factor, own_rows, out, held);
+            else multiply_rows<0>(job, item, place, column, rows, factor, own_rows, out, held);
+        }
         behind = here;
         here = ahead;
     }

@@ -176,24 +176,31 @@ __device__ __forceinline__ void note(const Job &job, Item &item, const Asked &as
 // Where a row's vector c lies in the cache, from the row's place on.
 __device__ __forceinline__ u64 start_of(const Place &place, const Column *column, int c) { return place.line_start[column[c].line] + 2 * column[c].channel; }
 
-// Calls `visit(t, c, offset)` for this thread's vectors: c of row t, `offset` among rows of `pitch` bytes.
-template <typename Visit>
-__device__ __forceinline__ void each_vector(int pitch, Visit visit) {
+// A thread's vectors of an item's rows of `pitch` bytes, BATCH at a time: first `ask(b, t, c, offset)` for each of a batch, then `use` likewise.
+// c is a vector of row t, `offset` where it lies.
+constexpr int COUNT = (TOKENS * VECTORS + THREADS - 1) / THREADS, BATCH = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
+template <typename Ask, typename Use>
+__device__ __forceinline__ void each_vector(int pitch, Ask ask, Use use) {
     constexpr bool SAME = THREADS % VECTORS == 0;  // a thread's vectors lie below one another
-    constexpr int COUNT = (TOKENS * VECTORS + THREADS - 1) / THREADS;
     const u32 own = threadIdx.x / VECTORS * pitch + threadIdx.x % VECTORS * 16;
-#pragma unroll(COUNT <= 8 ? COUNT : 4)
-    for (int b = 0; b < COUNT; ++b) {
-        const int i = threadIdx.x + b * THREADS;
-        if (TOKENS * VECTORS % THREADS != 0 && i >= TOKENS * VECTORS) break;
-        if (SAME) visit(threadIdx.x / VECTORS + b * (THREADS / VECTORS), threadIdx.x % VECTORS, own + b * (THREADS / VECTORS) * pitch);
-        else visit(i / VECTORS, i % VECTORS, i / VECTORS * pitch + i % VECTORS * 16);
+    const auto visit = [&](int b, int at, const auto &what) {
+        const int i = threadIdx.x + at * THREADS;
+        if (TOKENS * VECTORS % THREADS != 0 && i >= TOKENS * VECTORS) return;
+        if (SAME) what(b, threadIdx.x / VECTORS + at * (THREADS / VECTORS), threadIdx.x % VECTORS, own + at * (THREADS / VECTORS) * pitch);
+        else what(b, i / VECTORS, i % VECTORS, i / VECTORS * pitch + i % VECTORS * 16);
+    };
+#pragma unroll(COUNT <= 4 ? COUNT : 1)
+    for (int first = 0; first < COUNT; first += BATCH) {
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) visit(b, first + b, ask);
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) visit(b, first + b, use);
     }
 }
 
 // Rows that begin anywhere, at once.
 __device__ __noinline__ void read_rows(const Place &place, const Column *column, u32 rows, u32 rows_at) {
-    each_vector(ROW_BYTES, [&](int t, int c, u32 offset) {
+    const auto read = [&](int, int t, int c, u32 offset) {
         const u64 there = load_place(rows_at, t);
         const u16 *q = (const u16 *)(start_of(place, column, c) + there);
         u32 v[4] = {};
@@ -201,20 +208,25 @@ __device__ __noinline__ void read_rows(const Place &place, const Column *column,
         for (int k = 0; k < 4; ++k)
             if (somewhere(there)) v[k] = q[2 * k] | (u32)q[2 * k + 1] << 16;
         store_shared_words<4>(rows + offset, v);
-    });
+    };
+    each_vector(ROW_BYTES, read, [](int, int, int, u32) {});
 }
 // Ask for the rows of an item, as they are; zeros where there is none.
 __device__ __forceinline__ void copy_rows(const Job &job, const Item &item, const Place &place, const Column *column, u32 rows, u32 rows_at) {
 #if KVF_INVERSE
     const u64 start = place.coded_start;
     const int tokens = item.tokens;
-    each_vector(ROW_BYTES, [&](int t, int c, u32 offset) { copy_behind(rows + offset, start + (t * VECTORS + c) * 16, t < tokens); });
+    const auto copy = [&](int, int t, int c, u32 offset) { copy_behind(rows + offset, start + (t * VECTORS + c) * 16, t < tokens); };
+    each_vector(ROW_BYTES, copy, [](int, int, int, u32) {});
 #else
     if (!job.vectors) return read_rows(place, column, rows, rows_at);
-    each_vector(ROW_BYTES, [&](int t, int c, u32 offset) {
-        const u64 start = start_of(place, column, c), there = load_place(rows_at, t);
-        copy_behind(rows + offset, somewhere(there) ? start + there : start, somewhere(there));
-    });
+    u64 there[BATCH];
+    const auto look = [&](int b, int t, int, u32) { there[b] = load_place(rows_at, t); };
+    const auto copy = [&](int b, int, int c, u32 offset) {
+        const u64 start = start_of(place, column, c);
+        copy_behind(rows + offset, somewhere(there[b]) ? start + there[b] : start, somewhere(there[b]));
+    };
+    each_vector(ROW_BYTES, look, copy);
 #endif
 }
 
@@ -227,25 +239,29 @@ __device__ __noinline__ void store_anywhere(u64 address, u32 a, u32 b, u32 c, u3
 }
 // Store what was gathered at `out`.
 __device__ __forceinline__ void send_rows(const Job &job, const Item &item, const Place &place, const Column *column, u32 out, u32 rows_at) {
+    u32 v[BATCH][4];
 #if KVF_INVERSE
     const bool vectors = job.vectors;
-    each_vector(OUT_ROW_BYTES, [&](int t, int c, u32 offset) {
-        u32 v[4];
-        load_shared_words<4>(out + offset, v);
-        const u64 there = load_place(rows_at, t), to = start_of(place, column, c) + there;
-        if (!somewhere(there)) return;
-        if (vectors) store_global<16>((u8 *)to, v);
-        else store_anywhere(to, v[0], v[1], v[2], v[3]);
-    });
+    u64 there[BATCH];
+    const auto take = [&](int b, int t, int, u32 offset) {
+        load_shared_words<4>(out + offset, v[b]);
+        there[b] = load_place(rows_at, t);
+    };
+    const auto store = [&](int b, int, int c, u32) {
+        const u64 to = start_of(place, column, c) + there[b];
+        if (!somewhere(there[b])) return;
+        if (vectors) store_global<16>((u8 *)to, v[b]);
+        else store_anywhere(to, v[b][0], v[b][1], v[b][2], v[b][3]);
+    };
 #else
     const u64 start = place.coded_start;
     const int tokens = item.tokens;
-    each_vector(OUT_ROW_BYTES, [&](int t, int c, u32 offset) {
-        u32 v[4];
-        load_shared_words<4>(out + offset, v);
-        if (t < tokens) store_global<16>((u8 *)(start + (t * VECTORS + c) * 16), v);
-    });
+    const auto take = [&](int b, int, int, u32 offset) { load_shared_words<4>(out + offset, v[b]); };
+    const auto store = [&](int b, int t, int c, u32) {
+        if (t < tokens) store_global<16>((u8 *)(start + (t * VECTORS + c) * 16), v[b]);
+    };
 #endif
+    each_vector(OUT_ROW_BYTES, take, store);
 }
 
 // Copy an item's values as they are, 2 bytes at a time: between pages and coefficients, either way.

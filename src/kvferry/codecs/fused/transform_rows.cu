@@ -131,19 +131,23 @@ __device__ __forceinline__ void round_rows(const Job &job, Item &item, const Pla
             }
         }
 #if KVF_INVERSE
+        u32 top = 0;
 #pragma unroll
-        for (int r = 0; r < TOGETHER; ++r) {
-            most[r] = largest_half(word[r]);
-            if (most[r] >= INFINITE_HALF) {
+        for (int r = 0; r < TOGETHER; ++r) top = max(top, most[r] = largest_half(word[r]));
+        if (top >= INFINITE_HALF) {
+#pragma unroll
+            for (int r = 0; r < TOGETHER; ++r) {
 #pragma unroll
                 for (int k = 0; k < EACH; ++k)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) word[r][k][i] = finite_halves(word[r][k][i]);
                 most[r] = largest_half(word[r]);
             }
+        }
+#pragma unroll
+        for (int r = 0; r < TOGETHER; ++r)
 #pragma unroll
             for (int k = 0; k < EACH; ++k) split(word[r][k], true, x[r][k]);
-        }
 #else
 #pragma unroll
         for (int r = 0; r < TOGETHER; ++r) {
