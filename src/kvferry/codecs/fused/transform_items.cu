@@ -53,11 +53,11 @@ struct Item {
     int part, chunk, block, first_token, tokens, first_row;  // first_row: among those of coefficients
     int turned;                                              // keys, with RoPE
     int bad;                                                 // kept, or to be kept, as it is
-    int mark_line, mark_channel;
-    __device__ __forceinline__ u16 *mark(const Job &job, int t) const {
-        const i64 *line = job.coded_lines + 3 * mark_line;
-        return (u16 *)(line[0] + (i64)(first_row + t) * (u32)line[2]) + mark_channel;
-    }
+    int mark_line, mark_bytes;                               // from mark to mark
+    u64 marks, coded;                                        // of the part, at row 0
+    i64 page_bytes;                                          // of the cache's lines, from page to page, and
+    int token_bytes;                                         // from token to token
+    __device__ __forceinline__ u16 *mark(int t) const { return (u16 *)(marks + (i64)(first_row + t) * mark_bytes); }
 };
 
 // A block's items: a run of all keys', then one of all values'. Its basis changes rarely, and all blocks have as much to turn.
@@ -88,7 +88,12 @@ struct Share {
         item.block = rest - item.chunk * share.blocks;
         item.turned = ROTARY > 0 && !value;
         item.mark_line = job.parts * job.coded_part_lines + item.part / job.mark_width;
-        item.mark_channel = item.part % job.mark_width;
+        const i64 *line = job.lines + 3 * item.part * job.part_lines, *marks = job.coded_lines + 3 * item.mark_line;
+        item.page_bytes = line[1];
+        item.token_bytes = (int)line[2];
+        item.coded = job.coded_lines[3 * item.part * job.coded_part_lines];
+        item.marks = marks[0] + 2 * (item.part % job.mark_width);
+        item.mark_bytes = (int)marks[2];
         share.set_tokens(item);
     }
     // The k-th, from the one before it.
@@ -137,13 +142,12 @@ __device__ __forceinline__ Asked ask(const Job &job, const Item &item, Token *to
             token.find(job, item, i);
             asked.first = job.pages[(i64)item.chunk * job.chunk_pages + token.page];
             asked.second = token.slot;
-            // All of an item have the same; those of missing pages have not been decoded.
-            if (KVF_INVERSE && asked.first >= 0 && (i == 0 || token.slot == 0)) asked.word = *item.mark(job, i);
+            // All of an item have the same, but those of missing pages have not been decoded.
+            if (KVF_INVERSE && (i == 0 || token.slot == 0)) asked.word = *item.mark(i);
         }
     } else if (i - TOKENS < job.part_lines) {
         asked.word = job.lines[3 * (item.part * job.part_lines + i - TOKENS)];
     } else if (i == THREADS - 1) {
-        asked.word = job.coded_lines[3 * item.part * job.coded_part_lines];
         asked.first = job.positions[item.chunk];
         if (KVF_INVERSE) asked.second = job.status[item.chunk];
     }
@@ -159,15 +163,14 @@ __device__ __forceinline__ u64 load_place(u32 rows_at, int t) {
 __device__ __forceinline__ void note(const Job &job, Item &item, const Asked &asked, Place &place, u32 rows_at) {
     const int i = threadIdx.x;
     if (i < TOKENS) {
-        const i64 *line = job.lines + 3 * item.part * job.part_lines;
-        const u64 there = asked.first < 0 ? NOWHERE : asked.first * line[1] + asked.second * (i64)(u32)line[2];
+        const u64 there = asked.first < 0 ? NOWHERE : asked.first * item.page_bytes + asked.second * (i64)item.token_bytes;
         const u32 words[2] = {(u32)there, (u32)(there >> 32)};
         store_shared_words<2>(rows_at + 8 * i, words);
-        if (KVF_INVERSE && from_half((u32)asked.word) > MARKED_ABOVE) item.bad = 1;
+        if (KVF_INVERSE && asked.first >= 0 && from_half((u32)asked.word) > MARKED_ABOVE) item.bad = 1;
     } else if (i - TOKENS < job.part_lines) {
         place.line_start[i - TOKENS] = asked.word;
     } else if (i == THREADS - 1) {
-        place.coded_start = asked.word + (i64)item.first_row * (2 * N);
+        place.coded_start = item.coded + (i64)item.first_row * (2 * N);
         place.position = asked.first + item.first_token;
         place.status = KVF_INVERSE ? asked.second : GOOD;
     }
@@ -176,17 +179,26 @@ __device__ __forceinline__ void note(const Job &job, Item &item, const Asked &as
 // Where a row's vector c lies in the cache, from the row's place on.
 __device__ __forceinline__ u64 start_of(const Place &place, const Column *column, int c) { return place.line_start[column[c].line] + 2 * column[c].channel; }
 
+constexpr bool BELOW = THREADS % VECTORS == 0;
+// Where rows' vectors lie in the cache; looked up once where a thread's lie below one another (BELOW).
+struct Starts {
+    const Place &place;
+    const Column *column;
+    u64 own;
+    __device__ __forceinline__ Starts(const Place &place, const Column *column) : place(place), column(column), own(BELOW ? start_of(place, column, threadIdx.x % VECTORS) : 0) {}
+    __device__ __forceinline__ u64 operator[](int c) const { return BELOW ? own : start_of(place, column, c); }
+};
+
 // A thread's vectors of an item's rows of `pitch` bytes, BATCH at a time: first `ask(b, t, c, offset)` for each of a batch, then `use` likewise.
 // c is a vector of row t, `offset` where it lies.
 constexpr int COUNT = (TOKENS * VECTORS + THREADS - 1) / THREADS, BATCH = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
 template <typename Ask, typename Use>
 __device__ __forceinline__ void each_vector(int pitch, Ask ask, Use use) {
-    constexpr bool SAME = THREADS % VECTORS == 0;  // a thread's vectors lie below one another
     const u32 own = threadIdx.x / VECTORS * pitch + threadIdx.x % VECTORS * 16;
     const auto visit = [&](int b, int at, const auto &what) {
         const int i = threadIdx.x + at * THREADS;
         if (TOKENS * VECTORS % THREADS != 0 && i >= TOKENS * VECTORS) return;
-        if (SAME) what(b, threadIdx.x / VECTORS + at * (THREADS / VECTORS), threadIdx.x % VECTORS, own + at * (THREADS / VECTORS) * pitch);
+        if (BELOW) what(b, threadIdx.x / VECTORS + at * (THREADS / VECTORS), threadIdx.x % VECTORS, own + at * (THREADS / VECTORS) * pitch);
         else what(b, i / VECTORS, i % VECTORS, i / VECTORS * pitch + i % VECTORS * 16);
     };
 #pragma unroll(COUNT <= 4 ? COUNT : 1)
@@ -221,9 +233,10 @@ __device__ __forceinline__ void copy_rows(const Job &job, const Item &item, cons
 #else
     if (!job.vectors) return read_rows(place, column, rows, rows_at);
     u64 there[BATCH];
+    const Starts starts(place, column);
     const auto look = [&](int b, int t, int, u32) { there[b] = load_place(rows_at, t); };
     const auto copy = [&](int b, int, int c, u32 offset) {
-        const u64 start = start_of(place, column, c);
+        const u64 start = starts[c];
         copy_behind(rows + offset, somewhere(there[b]) ? start + there[b] : start, somewhere(there[b]));
     };
     each_vector(ROW_BYTES, look, copy);
@@ -242,13 +255,14 @@ __device__ __forceinline__ void send_rows(const Job &job, const Item &item, cons
     u32 v[BATCH][4];
 #if KVF_INVERSE
     const bool vectors = job.vectors;
+    const Starts starts(place, column);
     u64 there[BATCH];
     const auto take = [&](int b, int t, int, u32 offset) {
         load_shared_words<4>(out + offset, v[b]);
         there[b] = load_place(rows_at, t);
     };
     const auto store = [&](int b, int, int c, u32) {
-        const u64 to = start_of(place, column, c) + there[b];
+        const u64 to = starts[c] + there[b];
         if (!somewhere(there[b])) return;
         if (vectors) store_global<16>((u8 *)to, v[b]);
         else store_anywhere(to, v[b][0], v[b][1], v[b][2], v[b][3]);
@@ -287,5 +301,5 @@ __device__ __forceinline__ void mark(const Job &job, const Item &item, int block
     const int i = (int)threadIdx.x - 2 * TOKENS;  // not those who look things up
     if (i >= 0 && i < job.coded_part_lines) bounds[item.part * job.coded_part_lines + i] = bad ? EXACT_BOUND : job.bound;
     if (i == 0) bounds[item.mark_line] = job.bound;
-    if (bad && i >= 0 && i < item.tokens) *item.mark(job, i) = (u16)half_bits(MARK);
+    if (bad && i >= 0 && i < item.tokens) *item.mark(i) = (u16)half_bits(MARK);
 }
