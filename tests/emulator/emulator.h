@@ -227,6 +227,9 @@ template <typename T>
 T __reduce_max_sync(u32, T value) {
     return reduced(value, [](T a, T b) { return a < b ? b : a; });
 }
+inline u32 __reduce_or_sync(u32, u32 value) {
+    return reduced(value, [](u32 a, u32 b) { return a | b; });
+}
 template <typename T>
 T __reduce_add_sync(u32, T value) {
     return reduced(value, [](T a, T b) { return (T)((u32)a + (u32)b); });

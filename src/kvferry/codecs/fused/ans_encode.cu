@@ -107,6 +107,40 @@ __device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<C
     return writer.sum;
 }
 
+// The same where few channels have low bits (FEW at most, of at most 16 bits): these alone, one after another, each by the whole warp, a lane
+// for two tokens. The bytes of others stay. No differences.
+constexpr int FEW = 24, FEW_BITS = 16;
+template <int CPL>
+__device__ __noinline__ u64 split_few_columns(int tokens, const Columns<CPL> columns, const Stage stage, u8 *out, int index, int lane) {
+    Writer writer = {out, 0};
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) {
+        const int own = columns.shift[k];
+        for (u32 left = __ballot_sync(FULL, own != 0); left; left &= left - 1) {
+            const int of = __ffs(left) - 1, width = __shfl_sync(FULL, own, of), offset = __shfl_sync(FULL, columns.offset[k], of);
+            const int at = __shfl_sync(FULL, index, of), bit = 2 * lane * width, words = stream_words(tokens, width);
+            const u32 address = stage.codes + ((lane / 2 * 32 + of) * CPL + k) * 4 + lane % 2 * 2, two = load_shared_u16(address);
+            const int first = (int)(two & 255) + offset, second = (int)(two >> 8) + offset;
+            store_shared_u16(address, (u32)clamp_to(first >> width, ALPHABET - 1) | (u32)clamp_to(second >> width, ALPHABET - 1) << 8);
+            const u32 mask = (1u << width) - 1;
+            u32 low = 0;
+            if (2 * lane < tokens) low = (u32)first & mask;
+            if (2 * lane + 1 < tokens) low |= ((u32)second & mask) << width;
+            const u64 joined = (u64)low << (bit & 31);
+            u32 word = 0;
+#pragma unroll 2
+            for (int i = 0; i < words; ++i) {
+                const u32 part = bit >> 5 == i ? (u32)joined : (bit >> 5) + 1 == i ? (u32)(joined >> 32) : 0, all = __reduce_or_sync(FULL, part);
+                if (lane == i) word = all;
+            }
+            if (out && lane < words) writer.word(at + lane, word);
+        }
+        index += stream_words(tokens, own);
+    }
+    __syncwarp();
+    return writer.sum;
+}
+
 template <int CPL>
 __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int tokens, int channels, const Quantisers<CPL> &quantisers,
                                             const Choice<CPL> &choice, const Gathered &gathered, const Stage &stage, u32 tables, u8 *low_out,
@@ -137,9 +171,20 @@ __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int token
     Coded coded = {STATE_LOW, 0, gathered.any_exact};
     u32 before = FULL;  // differences: mask of the byte that is taken off
     const bool low = BOUNDED && __any_sync(FULL, most_shift);
+    // Two columns at once where nothing is to be shifted off: bytes and their offsets, which lie within some hundreds of 0, fit halves.
+    constexpr bool PAIRED = !DELTA && LOW_BITS == 0;
     u64 low_sum = 0;
-    if (BOUNDED ? gathered.fast && low : LOW_BITS && low_out)
-        low_sum = split_columns<CPL>(tokens, count, columns, stage, low_out, low_index, lane);
+    bool few = false;
+    if (BOUNDED ? gathered.fast && low : LOW_BITS && low_out) {
+        if (PAIRED) {
+            int split = 0;
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) split += __popc(__ballot_sync(FULL, columns.shift[k] != 0));
+            few = split <= FEW && __all_sync(FULL, most_shift <= FEW_BITS);
+        }
+        low_sum = few ? split_few_columns<CPL>(tokens, columns, stage, low_out, low_index, lane)
+                      : split_columns<CPL>(tokens, count, columns, stage, low_out, low_index, lane);
+    }
     if (low_out) {  // in memory: registers are dear in the loop below
         store_shared(stage.small_at(LOW_SUM_AT + 2 * lane), (u32)low_sum);
         store_shared(stage.small_at(LOW_SUM_AT + 2 * lane + 1), (u32)(low_sum >> 32));
@@ -148,10 +193,9 @@ __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int token
         if (!gathered.fast) coded.any_exact |= stage_columns<CPL>(tile_index, quantisers, columns, stage, lane);
         before = 0;
 #pragma unroll
-        for (int k = 0; k < CPL; ++k) columns.offset[k] = columns.first_offset[k] = 0;
+        for (int k = 0; k < CPL; ++k)
+            if (!few || columns.shift[k]) columns.offset[k] = columns.first_offset[k] = 0;
     }
-    // Two columns at once where nothing is to be shifted off: bytes and their offsets, which lie within some hundreds of 0, fit halves.
-    constexpr bool PAIRED = !DELTA && LOW_BITS == 0;
     u32 pair_offset[CPL];
 #pragma unroll
     for (int k = 0; k < CPL; ++k) pair_offset[k] = ((u32)columns.offset[k] & 0xffff) * 0x10001;
