@@ -42,13 +42,22 @@ struct Sums {
     int high[2][4], middle[2][4], low[2][4];
 };
 
-__device__ __forceinline__ void multiply(Sums &sums, const u32 (&upper)[4], const u32 (&lower)[4], const uint4 (&b)[2]) {
+template <bool THERE>
+struct LowerHalves {
+    static constexpr bool there = THERE;
+};
+// Products of rows' fragments at `at`. LOWER: not all of their low halves are 0.
+template <bool LOWER>
+__device__ __forceinline__ void multiply(Sums &sums, u32 at, const uint4 (&b)[2]) {
+    u32 upper[4], lower[4];
+    load_fragments(upper, at);
+    if (LOWER) load_fragments(lower, at + DEPTH);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         multiply_high(sums.high[j], upper, b[j].x, b[j].y);
         multiply_high_low(sums.middle[j], upper, b[j].z, b[j].w);
-        multiply_low(sums.low[j], lower, b[j].z, b[j].w);
-        multiply_low_high(sums.middle[j], lower, b[j].x, b[j].y);
+        if (LOWER) multiply_low(sums.low[j], lower, b[j].z, b[j].w);
+        if (LOWER) multiply_low_high(sums.middle[j], lower, b[j].x, b[j].y);
     }
 }
 
@@ -204,7 +213,7 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
             for (int m = 0; m < AT_ONCE; ++m)
                 if (KVF_INVERSE && ROTARY > 0 && !KVF_INTERLEAVED && target.turned) angles[m].ask(target, row + 16 * m + (lane >> 2));
         };
-        const auto product = [&](int row, Sums(&sums)[AT_ONCE]) {
+        const auto product_of = [&](int row, Sums(&sums)[AT_ONCE], auto lower) {
             uint4 next[AHEAD][2];
             if (!HELD) {
 #pragma unroll
@@ -222,13 +231,15 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
                     if (k + AHEAD < STEPS) fetch_basis(k + AHEAD, next[AHEAD - 1]);
                 }
 #pragma unroll
-                for (int m = 0; m < AT_ONCE; ++m) {
-                    u32 upper[4], lower[4];
-                    load_fragments(upper, fragments + (row + 16 * m) * ROW_BYTES + 32 * k);
-                    load_fragments(lower, fragments + (row + 16 * m) * ROW_BYTES + 32 * k + DEPTH);
-                    multiply(sums[m], upper, lower, b);
-                }
+                for (int m = 0; m < AT_ONCE; ++m) multiply<lower.there>(sums[m], fragments + (row + 16 * m) * ROW_BYTES + 32 * k, b);
             }
+        };
+        const auto product = [&](int row, Sums(&sums)[AT_ONCE]) {
+            bool lower = false;
+#pragma unroll
+            for (int m = 0; m < AT_ONCE; ++m) lower |= item.lower[row / 16 + m] != 0;
+            if (!KVF_INVERSE || lower) product_of(row, sums, LowerHalves<true>());
+            else product_of(row, sums, LowerHalves<false>());
         };
         const auto add_up = [&](const Sums(&sums)[AT_ONCE]) {
 #pragma unroll

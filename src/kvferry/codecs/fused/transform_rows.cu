@@ -208,6 +208,8 @@ __device__ __forceinline__ void round_rows(const Job &job, Item &item, const Pla
             int exponent = min(max((int)(most[r] >> 23) - 126, -60), 128);
             exponent += __fmul_rn(__uint_as_float(most[r]), power_of_two(15 - exponent)) >= 32767.5f;
             const float up = power_of_two(15 - exponent);
+            const int t = row_of_thread(round + r);
+            u32 any_lower = 0;
 #pragma unroll
             for (int k = 0; k < EACH; ++k) {
                 const int v = j + LANES * k;
@@ -222,12 +224,13 @@ __device__ __forceinline__ void round_rows(const Job &job, Item &item, const Pla
                     const u32 first = __byte_perm(w[0], w[1], 0x5410), second = __byte_perm(w[2], w[3], 0x5410);
                     upper[i] = __byte_perm(first, second, 0x7531);
                     lower[i] = __byte_perm(first, second, 0x6420);
+                    any_lower |= lower[i];
                 }
                 store_shared_words<2>(row[r] + 8 * v, upper);
                 store_shared_words<2>(row[r] + DEPTH + 8 * v, lower);
             }
+            if (KVF_INVERSE && any_lower) item.lower[t / 16] = 1;
             if (j == 0) {
-                const int t = row_of_thread(round + r);
                 store_shared(factor + 4 * t, __float_as_uint(__fmul_rn(power_of_two(exponent - 22), scale)));  // exact
                 if (!KVF_INVERSE && most[r] >= INFINITE && t < item.tokens) item.bad = 1;
             }
