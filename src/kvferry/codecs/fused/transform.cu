@@ -35,6 +35,10 @@ __device__ __forceinline__ int second_tile(int p, int first, bool turned) {
 
 // Whether all pairs of an item are to be turned: known (0, 1), or to be looked up for each (LOOK).
 constexpr int LOOK = 2;
+template <int HOW>
+struct Turned {
+    static constexpr int value = HOW;
+};
 constexpr bool ALL_TURN = KVF_INVERSE && ROTARY > 0 && !KVF_INTERLEAVED && ROTARY == HEAD;
 
 // What a lane has of the sums: rows `lane / 4` and 8 further, columns `2 * (lane % 4)` and next, of a pair of column tiles.
@@ -42,10 +46,6 @@ struct Sums {
     int high[2][4], middle[2][4], low[2][4];
 };
 
-template <bool THERE>
-struct LowerHalves {
-    static constexpr bool there = THERE;
-};
 // Products of rows' fragments at `at`. LOWER: not all of their low halves are 0.
 template <bool LOWER>
 __device__ __forceinline__ void multiply(Sums &sums, u32 at, const uint4 (&b)[2]) {
@@ -184,7 +184,7 @@ struct Held {
     int part;
 };
 
-template <int TURNED>
+template <int TURNED, bool LOWER>
 __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const Place &place, const Column *column, u32 rows, u32 factor,
                                               u32 rows_at, u32 out, Held &held) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -205,7 +205,7 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) fetch_basis(k, held.of[k]);
         }
-        const Target target = target_of<TURNED>(job, item, place, column, tile, out);
+        Target target;
         TileAngles angles[AT_ONCE];
         Whole whole[AT_ONCE];
         const auto ask_angles = [&](int row) {
@@ -213,7 +213,7 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
             for (int m = 0; m < AT_ONCE; ++m)
                 if (KVF_INVERSE && ROTARY > 0 && !KVF_INTERLEAVED && target.turned) angles[m].ask(target, row + 16 * m + (lane >> 2));
         };
-        const auto product_of = [&](int row, Sums(&sums)[AT_ONCE], auto lower) {
+        const auto product = [&](int row, Sums(&sums)[AT_ONCE]) {
             uint4 next[AHEAD][2];
             if (!HELD) {
 #pragma unroll
@@ -231,15 +231,8 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
                     if (k + AHEAD < STEPS) fetch_basis(k + AHEAD, next[AHEAD - 1]);
                 }
 #pragma unroll
-                for (int m = 0; m < AT_ONCE; ++m) multiply<lower.there>(sums[m], fragments + (row + 16 * m) * ROW_BYTES + 32 * k, b);
+                for (int m = 0; m < AT_ONCE; ++m) multiply<LOWER>(sums[m], fragments + (row + 16 * m) * ROW_BYTES + 32 * k, b);
             }
-        };
-        const auto product = [&](int row, Sums(&sums)[AT_ONCE]) {
-            bool lower = false;
-#pragma unroll
-            for (int m = 0; m < AT_ONCE; ++m) lower |= item.lower[row / 16 + m] != 0;
-            if (!KVF_INVERSE || lower) product_of(row, sums, LowerHalves<true>());
-            else product_of(row, sums, LowerHalves<false>());
         };
         const auto add_up = [&](const Sums(&sums)[AT_ONCE]) {
 #pragma unroll
@@ -251,9 +244,10 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
         };
         constexpr int STEP = 16 * AT_ONCE;
         if (HELD) {  // rows are delivered while the next ones are multiplied
-            ask_angles(begin);
             Sums sums[AT_ONCE] = {};
             product(begin, sums);
+            target = target_of<TURNED>(job, item, place, column, tile, out);  // not before: products would wait for what it loads
+            ask_angles(begin);
             add_up(sums);
 #pragma unroll 1
             for (int row = begin + STEP; row < end; row += STEP) {
@@ -265,6 +259,7 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
             }
             deliver_all(end - STEP);
         } else {
+            target = target_of<TURNED>(job, item, place, column, tile, out);
 #pragma unroll 1
             for (int row = begin; row < end; row += STEP) {
                 Sums sums[AT_ONCE] = {};
@@ -342,9 +337,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         if (k + 2 < size) note(job, items[(k + 2) & 7], asked, places[behind], rows_at + behind * 8 * TOKENS);
         const u32 own_rows = rows_at + here * 8 * TOKENS;
         if (good) {
-            if (!ALL_TURN) multiply_rows<LOOK>(job, item, place, column, rows, factor, own_rows, out, held);
-            else if (item.turned) multiply_rows<1>(job, item, place, column, rows, factor, own_rows, out, held);
-            else multiply_rows<0>(job, item, place, column, rows, factor, own_rows, out, held);
+            const auto multiply_as = [&](auto turned) {
+                if (!KVF_INVERSE || item.lower) multiply_rows<turned.value, true>(job, item, place, column, rows, factor, own_rows, out, held);
+                else multiply_rows<turned.value, !KVF_INVERSE>(job, item, place, column, rows, factor, own_rows, out, held);
+            };
+            if (!ALL_TURN) multiply_as(Turned<LOOK>());
+            else if (item.turned) multiply_as(Turned<ALL_TURN>());
+            else multiply_as(Turned<0>());
         }
         behind = here;
         here = ahead;

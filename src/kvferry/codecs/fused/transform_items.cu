@@ -53,7 +53,7 @@ struct Item {
     int part, chunk, block, first_token, tokens, first_row;  // first_row: among those of coefficients
     int turned;                                              // keys, with RoPE
     int bad;                                                 // kept, or to be kept, as it is
-    int lower[TOKENS / 16];                                  // whether some low half of 16 rows' integers is not 0
+    int lower;                                               // whether some low half of its integers is not 0
     int mark_line, mark_bytes;                               // from mark to mark
     u64 marks, coded;                                        // of the part, at row 0
     i64 page_bytes;                                          // of the cache's lines, from page to page, and
@@ -78,8 +78,7 @@ struct Share {
         item.tokens = min(TOKENS, tokens_of_chunk - item.first_token);
         item.first_row = item.chunk * tokens_of_chunk + item.first_token;
         item.bad = 0;
-#pragma unroll
-        for (int &lower : item.lower) lower = !KVF_INVERSE;
+        item.lower = !KVF_INVERSE;
     }
     // The k-th of them.
     __device__ __noinline__ static void find(const Job &job, const Share &share, int k, Item &item) {

@@ -229,7 +229,7 @@ __device__ __forceinline__ void round_rows(const Job &job, Item &item, const Pla
                 store_shared_words<2>(row[r] + 8 * v, upper);
                 store_shared_words<2>(row[r] + DEPTH + 8 * v, lower);
             }
-            if (KVF_INVERSE && any_lower) item.lower[t / 16] = 1;
+            if (KVF_INVERSE && any_lower) item.lower = 1;
             if (j == 0) {
                 store_shared(factor + 4 * t, __float_as_uint(__fmul_rn(power_of_two(exponent - 22), scale)));  // exact
                 if (!KVF_INVERSE && most[r] >= INFINITE && t < item.tokens) item.bad = 1;
