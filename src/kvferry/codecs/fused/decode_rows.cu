@@ -54,21 +54,24 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
     const auto limit_of = [&] { return at.num_words - passed > 2 * window ? stage + 4 * window - 4 * CPL * 32 : FULL; };
     u32 limit = limit_of();
     u8 *row = nullptr;
-    int code[CPL], add[CPL], shift[CPL];
+    int code[CPL], add[CPL];
+    u32 widths = 0;  // of the lane's low bits, a byte a channel; their streams follow one another
+    const int first_low = groups.low[0][0];
     u32 slots[CPL];
     const u32 idle = tables + IDLE_TABLE * PROB_SCALE * 4;
 #pragma unroll
     for (int k = 0; k < CPL; ++k) {
-        int table;
-        table_and_shift(groups.klass[0][k], table, shift[k]);
+        int table, shift;
+        table_and_shift(groups.klass[0][k], table, shift);
         if (k >= rows.count) {
             table = IDLE_TABLE;
-            shift[k] = 0;
+            shift = 0;
         }
+        widths |= (u32)shift << (8 * k);
         slots[k] = tables + table * PROB_SCALE * 4;
         code[k] = 0;
         add[k] = groups.base[0][k] + WHOLE;
-        if (ANS && BOUNDED && !DELTA) add[k] -= (1 << shift[k]) >> 1;  // for the low bits, whose zero lies in the middle
+        if (ANS && BOUNDED && !DELTA) add[k] -= (1 << shift) >> 1;  // for the low bits, whose zero lies in the middle
     }
     // Bytes of planes run a group of four tokens ahead.
     const bool plane_words = CPL == 4 && channels % 4 == 0;
@@ -142,28 +145,31 @@ __device__ __forceinline__ bool decode_rows(const Rows<CPL> &rows, const Tile &t
             else decode_symbols(false);
             if constexpr (LOW_BITS > 0) {
                 take_symbols();
+                int first = first_low;
 #pragma unroll
-                for (int k = 0; k < CPL; ++k) {
-                    const int width = shift[k];  // LOW_BITS, or 0 of a channel that is not there; four times that fit a word
+                for (int k = 0; k < CPL; ++k, first += stream_words(tokens, LOW_BITS)) {
+                    const int width = (int)(widths >> (8 * k) & 255);  // LOW_BITS, or 0 of a channel that is not there; four times that fit a word
                     if (width == 0) continue;
-                    const u32 four = stream_bits(low, groups.low[0][k], t0 * width, min(4, tokens - t0) * width), mask = (1u << width) - 1;
+                    const u32 four = stream_bits(low, first, t0 * width, min(4, tokens - t0) * width), mask = (1u << width) - 1;
 #pragma unroll
                     for (int i = 0; i < 4; ++i) value[i][k] = value[i][k] * (1 << width) + (int)(four >> (i * width) & mask);
                 }
             } else if (BOUNDED && has_low) {
                 take_symbols();
+                int next = first_low;
 #pragma unroll
                 for (int k = 0; k < CPL; ++k) {
-                    const int width = made_now(shift[k]);
+                    const int width = made_now((int)(widths >> (8 * k) & 255)), first = next;
                     if (width == 0) continue;
+                    next += stream_words(tokens, width);
                     u32 bits[4];
                     if (low_stage && width <= 8) {  // four tokens' lie in two words
-                        const u32 address = low_stage + 4 * (groups.low[0][k] + (t0 * width >> 5)), mask = (1u << width) - 1;
+                        const u32 address = low_stage + 4 * (first + (t0 * width >> 5)), mask = (1u << width) - 1;
                         const u32 four = __funnelshift_r(load_shared(address), load_shared(address + 4), t0 * width);
 #pragma unroll
                         for (int i = 0; i < 4; ++i) bits[i] = four >> (i * width) & mask;
                     } else {
-                        const uint4 four = stream_bits_of_four(low, groups.low[0][k], t0, tokens, width);
+                        const uint4 four = stream_bits_of_four(low, first, t0, tokens, width);
                         bits[0] = four.x, bits[1] = four.y, bits[2] = four.z, bits[3] = four.w;
                     }
 #pragma unroll

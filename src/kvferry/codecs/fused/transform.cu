@@ -204,6 +204,15 @@ __device__ __forceinline__ void multiply_rows(const Job &job, Item &item, const 
             held.part = item.part;
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) fetch_basis(k, held.of[k]);
+            // Wait for it here: products would wait, each time, for all that is on its way. (Nothing, which the compiler does not know.)
+            const u32 nothing = (u32)item.part >> 31;
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    uint4 &b = held.of[k][j];
+                    b.x ^= nothing, b.y ^= nothing, b.z ^= nothing, b.w ^= nothing;
+                }
         }
         Target target;
         TileAngles angles[AT_ONCE];
