@@ -164,10 +164,17 @@ def test_chunks_that_overflow_at_once(packing: str, ratio: float) -> None:
         assert max(take_apart(slot).fields["relaxed"] for slot in found) > 3
 
 
-@pytest.mark.parametrize("how", [{}, {"packing": "bitpack"}, {"ratio": 3.0}, {"ratio": 20.0}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"packing": "bitpack", "error_bound": 0.7}, {"ratio": 3.0}, {"ratio": 20.0}], ids=str)
 @pytest.mark.parametrize(
     ("heads", "dim", "group", "rope"),
-    [(2, 32, 2, "halves"), (4, 64, 1, "partial"), (2, 48, 1, "none"), (2, 32, 1, "interleaved"), (2, 144, 1, "halves")],
+    [
+        (2, 32, 2, "halves"),
+        (4, 64, 1, "partial"),
+        (2, 48, 1, "none"),
+        (2, 32, 1, "interleaved"),
+        (2, 144, 1, "halves"),
+        (2, 128, 1, "halves"),
+    ],
 )
 def test_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, Any]) -> None:
     check_transform(heads, dim, group, rope, how, gap=0)
@@ -175,6 +182,12 @@ def test_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, A
 
 def test_transform_of_rows_that_begin_anywhere() -> None:
     check_transform(2, 64, 2, "halves", {}, gap=3)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(2, 128), (4, 64), (4, 144)])
+def test_transform_of_all_heads(heads: int, dim: int) -> None:
+    """Vectors of more than 128 channels, and of so many that shared memory has no room for two items."""
+    check_transform(heads, dim, heads, "halves", {"error_bound": 0.7}, gap=0)
 
 
 def check_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, Any], gap: int) -> None:

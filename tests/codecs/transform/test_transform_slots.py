@@ -98,6 +98,10 @@ CASES = {
     "no rope": (profile(head_dim=48, heads=2, group=1, rotary=0), torch.bfloat16),
     "uneven segments": (profile(head_dim=144, heads=2, group=1, rotary=144, layers=1), torch.bfloat16),
     "two segments": (profile(head_dim=160, heads=1, group=1, rotary=160, layers=1), torch.bfloat16),
+    "per head, 128": (profile(head_dim=128, heads=2, group=1, rotary=128, layers=1), torch.bfloat16),
+    "per layer, 256": (profile(head_dim=128, heads=2, group=2, rotary=128, layers=1), torch.bfloat16),
+    "per layer, 256 of 64": (profile(head_dim=64, heads=4, group=4, rotary=64, layers=1), torch.float16),
+    "many channels": (profile(head_dim=128, heads=5, group=5, rotary=128, layers=1), torch.bfloat16),
 }
 
 
@@ -267,6 +271,33 @@ def test_marks_survive_the_largest_bound() -> None:
     assert decoded(slot_codec, slots) == [0, 0]
     same = before[0][[3, 1, 4, 0]][:, :2, :, :32], tensors[0][[3, 1, 4, 0]][:, :2, :, :32]
     assert torch.equal(same[0].contiguous().view(torch.int16), same[1].contiguous().view(torch.int16))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_mark_is_not_taken_from_another_chunk(device: str) -> None:
+    """A chunk whose first page is not wanted, after one whose values were kept as they are."""
+    if device == "cuda" and not HAS_CUDA:
+        pytest.skip("no CUDA device")
+    of, _ = CASES["groups of two"]
+    before = [tensor.to(device) for tensor in engine(of)]
+    before[0][TABLE[0, 0], 1, 3, 5] = math.nan
+    tensors = [tensor.clone() for tensor in before]
+    slot_codec, slots = encoded(paged(tensors, of), Transform(of))
+    expected = []
+    for tables in ([TABLE], [TABLE, torch.where(TABLE == TABLE[:, :1], -1, TABLE).flip(0)]):
+        for tensor in tensors:
+            tensor.zero_()
+        for table in tables:
+            index, named = torch.tensor([1, 0]), names(2)
+            if len(tables) == 2 and table is tables[1]:  # chunk 1 where chunk 0's marks were
+                index, named = index.flip(0), named.flip(0)
+            status = torch.full((2,), -1, dtype=torch.int32, device=device)
+            places = POSITIONS if table is TABLE else POSITIONS.flip(0)
+            slot_codec.decode(slots, index.int().to(device), table.to(device), named.to(device), status, places.to(device))
+            assert status.tolist() == [0, 0]
+        expected.append([tensor.cpu().clone() for tensor in tensors])
+    for once, again in zip(*expected, strict=True):
+        assert torch.equal(once.view(torch.int16), again.view(torch.int16))
 
 
 def test_positions_are_checked() -> None:

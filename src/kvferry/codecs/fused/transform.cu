@@ -307,7 +307,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
     __syncthreads();
     for (int k = 0; k < 2; ++k) note(job, items[k], ask(job, items[k], tokens), places[k], rows_at + k * 8 * TOKENS);
     __syncthreads();
-    if (BUFFERS == 2) copy_rows(job, items[0], places[0], column, buffers, rows_at);
+    const Column own = column[threadIdx.x % VECTORS];  // where this thread's vectors begin, BELOW
+    if (BUFFERS == 2) copy_rows(job, items[0], places[0], column, own, buffers, rows_at);
     Held held;
     held.part = -1;
     bool good = false;
@@ -318,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         const Place &place = places[behind];
         if (!KVF_INVERSE) mark(job, item, share.blocks);
         if (!KVF_INVERSE && item.bad) copy_block(job, item, place, false);
-        else if (GATHERED && good) send_rows(job, item, place, column, out, rows_at + behind * 8 * TOKENS);
+        else if (GATHERED && good) send_rows(job, item, place, column, own, out, rows_at + behind * 8 * TOKENS);
     };
 #pragma unroll 1
     for (int k = 0; k < size; ++k) {
@@ -330,11 +331,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         if (!KVF_INVERSE && ALIGNED && item.turned) angles.ask(job, place, 0);
         if (BUFFERS == 1) {
             __syncthreads();
-            copy_rows(job, item, place, column, rows, rows_at + here * 8 * TOKENS);
+            copy_rows(job, item, place, column, own, rows, rows_at + here * 8 * TOKENS);
         }
         await_copies();
         __syncthreads();
-        if (BUFFERS == 2 && k + 1 < size) copy_rows(job, items[(k + 1) & 7], places[ahead], column, buffers + ((k + 1) & 1) * BUFFER_BYTES, rows_at + ahead * 8 * TOKENS);
+        if (BUFFERS == 2 && k + 1 < size) copy_rows(job, items[(k + 1) & 7], places[ahead], column, own, buffers + ((k + 1) & 1) * BUFFER_BYTES, rows_at + ahead * 8 * TOKENS);
         if (k > 0) complete(k - 1);
         if (k + 3 < size && threadIdx.x == THREADS - 64) share.find_next(job, k + 3, items[(k + 2) & 7], items[(k + 3) & 7]);
         Asked asked;

@@ -187,7 +187,7 @@ struct Starts {
     const Place &place;
     const Column *column;
     u64 own;
-    __device__ __forceinline__ Starts(const Place &place, const Column *column) : place(place), column(column), own(BELOW ? start_of(place, column, threadIdx.x % VECTORS) : 0) {}
+    __device__ __forceinline__ Starts(const Place &place, const Column *column, Column own) : place(place), column(column), own(place.line_start[own.line] + 2 * own.channel) {}
     __device__ __forceinline__ u64 operator[](int c) const { return BELOW ? own : start_of(place, column, c); }
 };
 
@@ -226,7 +226,7 @@ __device__ __noinline__ void read_rows(const Place &place, const Column *column,
     each_vector(ROW_BYTES, read, [](int, int, int, u32) {});
 }
 // Ask for the rows of an item, as they are; zeros where there is none.
-__device__ __forceinline__ void copy_rows(const Job &job, const Item &item, const Place &place, const Column *column, u32 rows, u32 rows_at) {
+__device__ __forceinline__ void copy_rows(const Job &job, const Item &item, const Place &place, const Column *column, Column own, u32 rows, u32 rows_at) {
 #if KVF_INVERSE
     const u64 start = place.coded_start;
     const int tokens = item.tokens;
@@ -235,7 +235,7 @@ __device__ __forceinline__ void copy_rows(const Job &job, const Item &item, cons
 #else
     if (!job.vectors) return read_rows(place, column, rows, rows_at);
     u64 there[BATCH];
-    const Starts starts(place, column);
+    const Starts starts(place, column, own);
     const auto look = [&](int b, int t, int, u32) { there[b] = load_place(rows_at, t); };
     const auto copy = [&](int b, int, int c, u32 offset) {
         const u64 start = starts[c];
@@ -253,11 +253,11 @@ __device__ __noinline__ void store_anywhere(u64 address, u32 a, u32 b, u32 c, u3
     store_pair(address + 12, d);
 }
 // Store what was gathered at `out`.
-__device__ __forceinline__ void send_rows(const Job &job, const Item &item, const Place &place, const Column *column, u32 out, u32 rows_at) {
+__device__ __forceinline__ void send_rows(const Job &job, const Item &item, const Place &place, const Column *column, Column own, u32 out, u32 rows_at) {
     u32 v[BATCH][4];
 #if KVF_INVERSE
     const bool vectors = job.vectors;
-    const Starts starts(place, column);
+    const Starts starts(place, column, own);
     u64 there[BATCH];
     const auto take = [&](int b, int t, int, u32 offset) {
         load_shared_words<4>(out + offset, v[b]);
