@@ -164,7 +164,9 @@ def test_chunks_that_overflow_at_once(packing: str, ratio: float) -> None:
         assert max(take_apart(slot).fields["relaxed"] for slot in found) > 3
 
 
-@pytest.mark.parametrize("how", [{}, {"packing": "bitpack", "error_bound": 0.7}, {"ratio": 3.0}, {"ratio": 20.0}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"packing": "bitpack", "error_bound": 0.7}, {"ratio": 3.0}, {"ratio": 20.0}], ids=str
+)
 @pytest.mark.parametrize(
     ("heads", "dim", "group", "rope"),
     [

@@ -279,25 +279,28 @@ def test_a_mark_is_not_taken_from_another_chunk(device: str) -> None:
     if device == "cuda" and not HAS_CUDA:
         pytest.skip("no CUDA device")
     of, _ = CASES["groups of two"]
-    before = [tensor.to(device) for tensor in engine(of)]
-    before[0][TABLE[0, 0], 1, 3, 5] = math.nan
-    tensors = [tensor.clone() for tensor in before]
+    tensors = [tensor.to(device) for tensor in engine(of)]
+    tensors[0][TABLE[0, 0], 1, 3, 5] = math.nan
     slot_codec, slots = encoded(paged(tensors, of), Transform(of))
-    expected = []
-    for tables in ([TABLE], [TABLE, torch.where(TABLE == TABLE[:, :1], -1, TABLE).flip(0)]):
-        for tensor in tensors:
-            tensor.zero_()
-        for table in tables:
-            index, named = torch.tensor([1, 0]), names(2)
-            if len(tables) == 2 and table is tables[1]:  # chunk 1 where chunk 0's marks were
-                index, named = index.flip(0), named.flip(0)
-            status = torch.full((2,), -1, dtype=torch.int32, device=device)
-            places = POSITIONS if table is TABLE else POSITIONS.flip(0)
-            slot_codec.decode(slots, index.int().to(device), table.to(device), named.to(device), status, places.to(device))
-            assert status.tolist() == [0, 0]
-        expected.append([tensor.cpu().clone() for tensor in tensors])
-    for once, again in zip(*expected, strict=True):
-        assert torch.equal(once.view(torch.int16), again.view(torch.int16))
+
+    def decode(chunk: int, table: Tensor) -> list[Tensor]:
+        status = torch.full((1,), -1, dtype=torch.int32, device=device)
+        index, named = torch.tensor([1 - chunk], dtype=torch.int32), names(2)[chunk, None]
+        arguments = (index, table[None], named, status, POSITIONS[chunk, None])
+        slot_codec.decode(slots, *(argument.to(device) for argument in arguments))
+        assert status.tolist() == [0]
+        return [tensor.cpu().clone() for tensor in tensors]
+
+    wanted = TABLE[1].clone()
+    wanted[0] = -1
+    expected = decode(1, TABLE[1])
+    for tensor in tensors:
+        tensor.zero_()
+    decode(0, TABLE[0])
+    found = decode(1, wanted)
+    pages = wanted[wanted >= 0].long()
+    for left, right in zip(expected, found, strict=True):
+        assert torch.equal(left[pages].view(torch.int16), right[pages].view(torch.int16))
 
 
 def test_positions_are_checked() -> None:

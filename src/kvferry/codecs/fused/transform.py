@@ -57,7 +57,8 @@ class TransformCase:
 def source() -> str:
     """CUDA C++ of the kernel."""
     folder = files(__package__)
-    return "".join(folder.joinpath(f"{part}.cu").read_text() for part in ("intrinsics", "transform_items", "transform_rows", "transform"))
+    parts = "intrinsics", "transform_items", "transform_rows", "transform"
+    return "".join(folder.joinpath(f"{part}.cu").read_text() for part in parts)
 
 
 class Job(ctypes.Structure):
@@ -183,7 +184,8 @@ class _Prepared:
             kernel, blocks, multiprocessors = _loaded(case, self.index)
             items = self.parts * chunks * -(-self.chunk_pages * self.page_tokens // _TOKENS)
             if not inverse:  # a kernel marks the few blocks that are kept as they are
-                zero_words(scratch.marks.data_ptr(), chunks * self.chunk_pages * scratch.marks[0].nbytes // 4, self.index)
+                words = chunks * self.chunk_pages * scratch.marks[0].nbytes // 4
+                zero_words(scratch.marks.data_ptr(), words, self.index)
             sms = min(self.num_sms or multiprocessors, multiprocessors)
             kernel.launch(min(items, blocks * sms), THREADS, case.shared_bytes, Arguments(job))
 
