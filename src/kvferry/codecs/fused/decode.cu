@@ -80,11 +80,7 @@ __device__ __forceinline__ bool decode_tile(const Source &s, const Tile &tile, c
     for (int start = first + lane; start < last; start += 32 * 16) {
         u32 batch[16];
 #pragma unroll
-        for (int j = 0; j < 16; ++j) {  // not by way of the first-level cache, which has what registers have no room for
-            u32 word[1];
-            load_global<4>((const u8 *)(input_words + min(start + 32 * j, last - 1)), word);
-            batch[j] = start + 32 * j < last ? word[0] : 0;
-        }
+        for (int j = 0; j < 16; ++j) batch[j] = start + 32 * j < last ? input_words[start + 32 * j] : 0;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
             const int i = start + 32 * j;
