@@ -99,6 +99,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (slots, transform):
         monkeypatch.setattr(module, "zero_words", lambda address, count, device: ctypes.memset(address, 0, 4 * count))
     monkeypatch.setattr(transform, "_loaded", load_transform)
+    monkeypatch.setattr(transform, "most_shared_bytes", lambda device: 227 << 10)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     yield

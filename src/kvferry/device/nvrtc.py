@@ -11,6 +11,7 @@ import os
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,15 @@ def zero_words(address: int, count: int, device: int) -> None:
     from cuda.bindings import driver
 
     _checked(driver.cuMemsetD32Async(address, 0, count, current_stream_handle(device)))
+
+
+@cache
+def most_shared_bytes(device: int) -> int:
+    """Of shared memory, what a block may have on CUDA device `device`. Raises `KernelError`."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return int(_checked(driver.cuDeviceGetAttribute(attribute, _checked(driver.cuDeviceGet(device)))))
 
 
 def load_kernel(cubin: bytes, name: str, device: int, shared_bytes: int = 0) -> Kernel:

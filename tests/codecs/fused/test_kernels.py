@@ -55,12 +55,32 @@ def test_kernels_compile(kernel: str, arch: str, case: Case) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(
-    ("n", "head_dim", "rotary", "interleaved"),
-    [(256, 128, 128, False), (144, 144, 144, False), (64, 64, 32, True), (48, 48, 0, False)],
+    ("n", "head_dim", "rotary", "interleaved", "roomy"),
+    [
+        (128, 128, 128, False, True),
+        (256, 128, 128, False, True),
+        (256, 128, 128, False, False),
+        (144, 144, 144, False, True),
+        (64, 64, 32, True, False),
+        (48, 48, 0, False, True),
+    ],
 )
-def test_transforms_compile(n: int, head_dim: int, rotary: int, interleaved: bool, inverse: bool, arch: str) -> None:
-    case = transform.TransformCase(inverse, FP16 if inverse else BF16, n, head_dim, rotary, interleaved)
+def test_transforms_compile(
+    n: int, head_dim: int, rotary: int, interleaved: bool, roomy: bool, inverse: bool, arch: str
+) -> None:
+    case = transform.TransformCase(inverse, FP16 if inverse else BF16, n, head_dim, rotary, interleaved, roomy)
     assert transform.KERNEL.encode() in compile_cubin(transform.source(), arch, case.defines)
+
+
+@pytest.mark.parametrize(
+    ("n", "kibibytes", "roomy"),
+    [(128, 99, True), (256, 99, False), (256, 163, True), (512, 163, False), (512, 227, True), (1024, 227, False)],
+)
+def test_transforms_fit_the_shared_memory_of_a_gpu(n: int, kibibytes: int, roomy: bool) -> None:
+    """Of compute capability 8.6 and 8.9, 8.0, and 9.0."""
+    case = transform.TransformCase(False, BF16, n, 64, 64, False).fitted(kibibytes << 10)
+    assert case.roomy == roomy
+    assert case.shared_bytes < kibibytes << 10
 
 
 def test_the_source_agrees_with_the_host() -> None:

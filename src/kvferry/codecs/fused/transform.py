@@ -1,7 +1,7 @@
 """Pages to transform coefficients and back on a GPU (transform.cu): what `codecs/transform/slots.py` calls."""
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import TYPE_CHECKING, cast
@@ -13,7 +13,15 @@ from torch import Tensor
 from kvferry.blocks import MANTISSA_BITS
 from kvferry.codecs.transform import Transform
 from kvferry.codecs.transform.profile import SIDES, Profile
-from kvferry.device.nvrtc import Arguments, Kernel, cached_cubin, load_kernel, make_current, zero_words
+from kvferry.device.nvrtc import (
+    Arguments,
+    Kernel,
+    cached_cubin,
+    load_kernel,
+    make_current,
+    most_shared_bytes,
+    zero_words,
+)
 
 if TYPE_CHECKING:
     from kvferry.codecs.slots import SlotCodec
@@ -22,12 +30,14 @@ if TYPE_CHECKING:
 KERNEL = "kvf_transform"
 THREADS = 256
 _TOKENS = 64
+_STATIC_BYTES = 6 << 10
+"""Of shared memory that a kernel has beside what a launch gives it: at most so much."""
 
 
 @dataclass(frozen=True)
 class TransformCase:
     """What a kernel is compiled for: direction, dtype of the cache, channels of a group and of a head, RoPE's channels
-    of a head, whether its pairs are neighbours."""
+    of a head, whether its pairs are neighbours; whether shared memory has room for two items and what is delivered."""
 
     inverse: bool
     dtype: torch.dtype
@@ -35,6 +45,7 @@ class TransformCase:
     head_dim: int
     rotary_dim: int
     interleaved: bool
+    roomy: bool = True
 
     @property
     def defines(self) -> dict[str, int]:
@@ -45,13 +56,17 @@ class TransformCase:
             "KVF_HEAD": self.head_dim,
             "KVF_ROTARY": self.rotary_dim,
             "KVF_INTERLEAVED": int(self.interleaved),
+            "KVF_ROOMY": int(self.roomy),
         }
 
     @property
     def shared_bytes(self) -> int:
-        depth, gathered = _depth(self.n), self.n <= 512
-        row = (2 if gathered else 1) * (2 * depth + 16) + gathered * (2 * self.n + 16) + 4 + 3 * 8
+        row = (1 + self.roomy) * (2 * _depth(self.n) + 16) + self.roomy * (2 * self.n + 16) + 4 + 3 * 8
         return _TOKENS * row
+
+    def fitted(self, most_shared_bytes: int) -> "TransformCase":
+        """This, or what needs less shared memory than a block may have on some GPUs."""
+        return self if self.shared_bytes + _STATIC_BYTES <= most_shared_bytes else replace(self, roomy=False)
 
 
 def source() -> str:
@@ -154,7 +169,7 @@ class _Prepared:
 
     def launch(self, inverse: bool, scratch: "Scratch", page_table: Tensor, positions: Tensor, status: int) -> None:
         profile, coded = self.profile, scratch.slots.kv
-        case = _case(profile, self.dtype, inverse)
+        case = _case(profile, self.dtype, inverse).fitted(most_shared_bytes(self.index))
         chunks = len(page_table)
         job = Job(
             lines=self.lines.data_ptr(),

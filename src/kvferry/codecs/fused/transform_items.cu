@@ -6,7 +6,8 @@
 // four, rounded once. Hence the same bits as the reference's.
 //
 // The host defines: KVF_INVERSE, KVF_MANTISSA (7 bfloat16, 10 float16), KVF_N (channels of a group), KVF_HEAD (channels of a head),
-// KVF_ROTARY (of them in RoPE pairs, 0 none), KVF_INTERLEAVED (pairs are neighbours). Behind intrinsics.cu.
+// KVF_ROTARY (of them in RoPE pairs, 0 none), KVF_INTERLEAVED (pairs are neighbours), KVF_ROOMY (shared memory has room for two items and
+// for what is delivered). Behind intrinsics.cu.
 
 constexpr int N = KVF_N, HEAD = KVF_HEAD, ROTARY = KVF_ROTARY, HALF = ROTARY / 2;
 constexpr int DEPTH = (N + 31) / 32 * 32, STEPS = DEPTH / 32, TILES = N / 8;  // of the product: its inner size, steps of 32, columns by 8
@@ -14,9 +15,8 @@ constexpr int TOKENS = 64, THREADS = 256, WARPS = THREADS / 32;
 constexpr int VECTORS = N / 8;  // a row's values by 8: 16 bytes
 // A row in shared memory: N values of 16 bits, then in their place DEPTH high and DEPTH low halves. 16 bytes more: no bank conflicts.
 constexpr int ROW_BYTES = 2 * DEPTH + 16, BUFFER_BYTES = TOKENS * ROW_BYTES;
-constexpr int BUFFERS = DEPTH <= 512 ? 2 : 1;  // with two, the next item's rows come while this one is multiplied
-// What is delivered is gathered in shared memory, where there is room for that, and leaves it in whole rows.
-constexpr bool GATHERED = DEPTH <= 512;
+constexpr int BUFFERS = KVF_ROOMY ? 2 : 1;  // with two, the next item's rows come while this one is multiplied
+constexpr bool GATHERED = KVF_ROOMY;        // what is delivered is gathered in shared memory, and leaves it in whole rows
 constexpr int OUT_ROW_BYTES = 2 * N + 16, OUT_BYTES = GATHERED ? TOKENS * OUT_ROW_BYTES : 0;
 constexpr float MARK = 30000.0f, MARKED_ABOVE = 15000.0f, EXACT_BOUND = 7.52316384526264e-37f;  // 2**-120
 constexpr int GOOD = 0;
