@@ -188,7 +188,7 @@ def test_transform_of_rows_that_begin_anywhere() -> None:
 
 @pytest.mark.parametrize(("heads", "dim", "kibibytes"), [(2, 128, 227), (4, 64, 99), (2, 64, 48)])
 def test_transform_of_all_heads(monkeypatch: pytest.MonkeyPatch, heads: int, dim: int, kibibytes: int) -> None:
-    """Vectors of more than 128 channels, and shared memory that has no room for two items."""
+    """Vectors of 128 channels and more; of less shared memory, that has no room for two items."""
     monkeypatch.setattr(fused_transform, "most_shared_bytes", lambda device: kibibytes << 10)
     check_transform(heads, dim, heads, "halves", {"error_bound": 0.7}, gap=0)
 

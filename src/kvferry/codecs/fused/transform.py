@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvferry.blocks import MANTISSA_BITS
 from kvferry.codecs.transform import Transform
-from kvferry.codecs.transform.profile import SIDES, Profile
+from kvferry.codecs.transform.profile import SIDES
 from kvferry.device.nvrtc import (
     Arguments,
     Kernel,
@@ -167,9 +167,17 @@ class _Prepared:
     def index(self) -> int:
         return torch.cuda.current_device() if self.device.index is None else self.device.index
 
+    @cached_property
+    def cases(self) -> tuple[TransformCase, TransformCase]:
+        """Forward and inverse."""
+        profile, rope, most = self.profile, self.profile.rope, most_shared_bytes(self.index)
+        shape = profile.n, profile.head_dim, rope.rotary_dim, rope.interleaved
+        forward, inverse = (TransformCase(inverse, self.dtype, *shape).fitted(most) for inverse in (False, True))
+        return forward, inverse
+
     def launch(self, inverse: bool, scratch: "Scratch", page_table: Tensor, positions: Tensor, status: int) -> None:
         profile, coded = self.profile, scratch.slots.kv
-        case = _case(profile, self.dtype, inverse).fitted(most_shared_bytes(self.index))
+        case = self.cases[inverse]
         chunks = len(page_table)
         job = Job(
             lines=self.lines.data_ptr(),
@@ -203,11 +211,6 @@ class _Prepared:
                 zero_words(scratch.marks.data_ptr(), words, self.index)
             sms = min(self.num_sms or multiprocessors, multiprocessors)
             kernel.launch(min(items, blocks * sms), THREADS, case.shared_bytes, Arguments(job))
-
-
-def _case(profile: Profile, dtype: torch.dtype, inverse: bool) -> TransformCase:
-    rope = profile.rope
-    return TransformCase(inverse, dtype, profile.n, profile.head_dim, rope.rotary_dim, rope.interleaved)
 
 
 _PREPARED: "WeakKeyDictionary[SlotCodec, _Prepared]" = WeakKeyDictionary()

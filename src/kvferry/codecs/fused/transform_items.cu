@@ -212,6 +212,11 @@ __device__ __forceinline__ void each_vector(int pitch, Ask ask, Use use) {
     }
 }
 
+template <typename Visit>
+__device__ __forceinline__ void each_vector(int pitch, Visit visit) {
+    each_vector(pitch, visit, [](int, int, int, u32) {});
+}
+
 // Rows that begin anywhere, at once.
 __device__ __noinline__ void read_rows(const Place &place, const Column *column, u32 rows, u32 rows_at) {
     const auto read = [&](int, int t, int c, u32 offset) {
@@ -223,7 +228,7 @@ __device__ __noinline__ void read_rows(const Place &place, const Column *column,
             if (somewhere(there)) v[k] = q[2 * k] | (u32)q[2 * k + 1] << 16;
         store_shared_words<4>(rows + offset, v);
     };
-    each_vector(ROW_BYTES, read, [](int, int, int, u32) {});
+    each_vector(ROW_BYTES, read);
 }
 // Ask for the rows of an item, as they are; zeros where there is none.
 __device__ __forceinline__ void copy_rows(const Job &job, const Item &item, const Place &place, const Column *column, Column own, u32 rows, u32 rows_at) {
@@ -231,7 +236,7 @@ __device__ __forceinline__ void copy_rows(const Job &job, const Item &item, cons
     const u64 start = place.coded_start;
     const int tokens = item.tokens;
     const auto copy = [&](int, int t, int c, u32 offset) { copy_behind(rows + offset, start + (t * VECTORS + c) * 16, t < tokens); };
-    each_vector(ROW_BYTES, copy, [](int, int, int, u32) {});
+    each_vector(ROW_BYTES, copy);
 #else
     if (!job.vectors) return read_rows(place, column, rows, rows_at);
     u64 there[BATCH];

@@ -1,13 +1,13 @@
 // Rows to integers of 16 bits under a power of two each, in place. Behind transform_items.cu.
 
 // LANES neighbouring lanes share a row; lane j has its vectors j, j + LANES, and on.
-constexpr int inner_vectors = DEPTH / 8, most_vectors = DEPTH <= 256 ? 4 : 8;
+constexpr int INNER_VECTORS = DEPTH / 8, MOST_EACH = DEPTH <= 256 ? 4 : 8;
 constexpr int lanes_of_a_row() {
     int lanes = DEPTH % 64 == 0 && HALF % 64 == 0 ? 8 : 4;
-    while (inner_vectors > most_vectors * lanes) lanes *= 2;
+    while (INNER_VECTORS > MOST_EACH * lanes) lanes *= 2;
     return lanes;
 }
-constexpr int LANES = lanes_of_a_row(), EACH = (inner_vectors + LANES - 1) / LANES, ROWS = THREADS / LANES, ROUNDS = TOKENS / ROWS > 0 ? TOKENS / ROWS : 1;
+constexpr int LANES = lanes_of_a_row(), EACH = (INNER_VECTORS + LANES - 1) / LANES, ROWS = THREADS / LANES, ROUNDS = TOKENS / ROWS;
 // Whether partners under RoPE are in the same lane, PARTNER of its vectors apart, in heads of HEAD_EACH.
 constexpr bool ALIGNED = !KVF_INTERLEAVED && ROTARY > 0 && HALF / 8 % LANES == 0 && HEAD / 8 % LANES == 0;
 constexpr int PARTNER = ALIGNED ? HALF / 8 / LANES : 1, HEAD_EACH = ALIGNED ? HEAD / 8 / LANES : 1;
@@ -213,7 +213,7 @@ __device__ __forceinline__ void round_rows(const Job &job, Item &item, const Pla
 #pragma unroll
             for (int k = 0; k < EACH; ++k) {
                 const int v = j + LANES * k;
-                if (inner_vectors % LANES != 0 && v >= inner_vectors) continue;
+                if (INNER_VECTORS % LANES != 0 && v >= INNER_VECTORS) continue;
                 u32 upper[2], lower[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
