@@ -12,7 +12,19 @@ pytest.importorskip("cuda.bindings.nvrtc")
 
 from kvferry.codecs import fitting
 from kvferry.codecs.fused import kernels, transform
-from kvferry.codecs.fused.kernels import DECODE, DECODE_FEW, ENCODE, ENTRIES, RETRY, SHAPES, Case, Loaded
+from kvferry.codecs.fused.kernels import (
+    CHUNKS,
+    DECODE,
+    DECODE_FEW,
+    ENCODE,
+    ENTRIES,
+    PAGES,
+    RETRY,
+    SHAPES,
+    TENSOR,
+    Case,
+    Loaded,
+)
 from kvferry.device.nvrtc import Arguments, compile_cubin
 from kvferry.format import slot
 from kvferry.packing.ans.tables import PROB_BITS, family
@@ -23,23 +35,26 @@ ONE, FOUR, ALL = 1, 8, 15
 """Channels a lane that occur: 1; 4; any."""
 
 
-def bounded(packing: str, mode: str, dtype: torch.dtype, *, steps: bool = False, lanes: int = FOUR, paged: bool = True):
-    return Case("bounded", packing, mode, dtype, steps, lanes, paged)
+def bounded(
+    packing: str, mode: str, dtype: torch.dtype, *, steps: bool = False, lanes: int = FOUR, places: str = PAGES
+):
+    return Case("bounded", packing, mode, dtype, steps, lanes, places)
 
 
-def exact(codec: str, packing: str, dtype: torch.dtype, *, lanes: int = FOUR, paged: bool = True):
-    return Case(codec, packing, "none", dtype, False, lanes, paged)
+def exact(codec: str, packing: str, dtype: torch.dtype, *, lanes: int = FOUR, places: str = PAGES):
+    return Case(codec, packing, "none", dtype, False, lanes, places)
 
 
 CASES = [bounded(packing, mode, BF16) for packing in ("ans", "bitpack") for mode in ("fixed", "plain", "outlier")]
-CASES += [bounded("ans", "fixed", FP16, steps=True, lanes=ALL, paged=False), bounded("bitpack", "plain", FP32)]
+CASES += [bounded("ans", "fixed", FP16, steps=True, lanes=ALL, places=TENSOR), bounded("bitpack", "plain", FP32)]
 CASES += [exact("lossless", packing, dtype) for packing in ("ans", "bitpack") for dtype in (BF16, FP32, FP8)]
-CASES += [exact("lossless", "ans", FP16, lanes=ALL, paged=False), exact("raw", "none", torch.uint8, lanes=ONE)]
+CASES += [exact("lossless", "ans", FP16, lanes=ALL, places=TENSOR), exact("raw", "none", torch.uint8, lanes=ONE)]
+CASES += [bounded(packing, "fixed", FP16, places=CHUNKS) for packing in ("ans", "bitpack")]
 COMPILED = [("sm_90", case) for case in CASES]
 COMPILED += [(arch, case) for arch in ("sm_80", "sm_100") for case in (CASES[0], exact("lossless", "ans", BF16))]
 KERNELS = [(kernel, arch, case) for kernel in (ENCODE, DECODE) for arch, case in COMPILED]
 KERNELS += [(DECODE_FEW, arch, case) for arch, case in COMPILED if case.packing == "ans"]
-KERNELS += [(RETRY, arch, case) for arch, case in COMPILED if case.codec == "bounded" and case.paged]
+KERNELS += [(RETRY, arch, case) for arch, case in COMPILED if case.codec == "bounded" and case.places != TENSOR]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@
 //
 // The host defines: KVF_CODEC (0 raw, 1 lossless, 2 bounded), KVF_PACKING (1 ans, 2 bitpack), KVF_ITEM (bytes of a value),
 // KVF_MANTISSA and KVF_EXPONENT (bits), KVF_BASES (0 every group has a base, 1 none, 2 those kept apart), KVF_CHANNEL_STEPS (1 if
-// each channel has its own step), KVF_CPLS (bit n-1: tiles with n channels a lane occur), KVF_PAGED (1: values lie in pages, tiles go to slots; 0: one tensor, one payload).
+// each channel has its own step), KVF_CPLS (bit n-1: tiles with n channels a lane occur), KVF_PLACES (0: values lie in one tensor, tiles go to one payload;
+// 1: in pages, to slots; 2: chunk after chunk, to slots).
 
 #if KVF_ITEM == 1
 typedef u8 word_t;
@@ -17,7 +18,7 @@ typedef u32 word_t;
 #endif
 
 constexpr bool RAW = KVF_CODEC == 0, LOSSLESS = KVF_CODEC == 1, BOUNDED = KVF_CODEC == 2;
-constexpr bool ANS = KVF_PACKING == 1, PAGED = KVF_PAGED;
+constexpr bool ANS = KVF_PACKING == 1, SLOTS = KVF_PLACES != 0, PAGED = KVF_PLACES == 1;
 constexpr int PROB_BITS = 8, PROB_SCALE = 1 << PROB_BITS, ALPHABET = 64;
 constexpr u32 STATE_LOW = 1u << 16;
 constexpr int MAX_CLASS = 120, LAST_TWO_SIDED = 16, LAST_ONE_SIDED = 15;
@@ -33,8 +34,9 @@ constexpr bool DELTA = KVF_BASES != ALL, CHANNEL_STEPS = KVF_CHANNEL_STEPS;
 constexpr int GROUP = ANS ? 64 : 32;  // tokens that share a class and a base
 constexpr int TILE_TOKENS = 64;
 
-// Where values lie. Not paged: tile i starts at element offsets[i] of `data`. Paged: line l is {address of page 0, bytes from page
-// to page, bytes from token to token | channels << 32}; row c of `pages` lists the pages of chunk c, -1 for none.
+// Where values lie. One tensor: tile i starts at element offsets[i] of `data`. Pages: line l is {address of page 0, bytes from page
+// to page, bytes from token to token | channels << 32}; row c of `pages` lists the pages of chunk c, -1 for none. Chunk after chunk:
+// `lines` as if pages lay in the order of chunks; `pages` only says which are wanted.
 struct Source {
     u8 *data;
     const i64 *offsets;
@@ -153,13 +155,13 @@ struct SlotFacts {
 struct Tile {
     int index, chunk, local;  // of all, and in its chunk
     int tokens, channels;
-    u8 *start;                // not paged: value (0, 0); paged: token 0 of the line's page 0
+    u8 *start;                // paged: token 0 of the line's page 0; else value (0, 0)
     i64 page_bytes, token_bytes, channel_bytes;
     const int *pages;         // of the chunk
     int first_page, num_pages, phase;  // phase: tokens of first_page before this tile
 
     __device__ __forceinline__ Tile(const Source &s, int i) : index(i) {
-        if constexpr (PAGED) {
+        if constexpr (SLOTS) {
             chunk = i / s.tiles_per_chunk;
             local = i - chunk * s.tiles_per_chunk;
             const int block = local / s.num_lines, line = local - block * s.num_lines;
@@ -175,6 +177,7 @@ struct Tile {
             phase = first - first_page * s.page_tokens;
             pages = s.pages + (i64)chunk * s.chunk_pages;
             num_pages = s.chunk_pages;
+            if (!PAGED) start += ((i64)chunk * s.chunk_pages * s.page_tokens + first) * token_bytes;
         } else {
             chunk = 0;
             local = i;
@@ -205,7 +208,7 @@ struct Tile {
 // One lane's part of a tile's rows.
 template <int CPL>
 struct Rows {
-    u64 place;  // not paged: the lane's first channel of token 0; paged: lane p has the address of the tile's p-th page, or 0
+    u64 place;  // paged: lane p has the address of the tile's p-th page, or 0; else the lane's first channel of token 0
     int token_bytes, channel_bytes;
     int offset;   // paged: the lane's first channel, bytes
     int phase, page_tokens, page_reciprocal;
@@ -236,7 +239,7 @@ struct Rows {
     }
     // The lane's part of row t0, a multiple of 4: the three rows behind it follow at token_bytes. Null: no page.
     __device__ __forceinline__ u8 *group(int t0) const {
-        if constexpr (!PAGED) return (u8 *)(place + (i64)t0 * token_bytes);
+        if constexpr (!PAGED) return (u8 *)(place + (u32)made_now(t0 * token_bytes));
         const int at = phase + t0, p = (at * page_reciprocal) >> 20;
         const u64 page = __shfl_sync(FULL, place, p);
         return page ? (u8 *)(page + (i64)(at - p * page_tokens) * token_bytes + offset) : nullptr;
@@ -249,7 +252,7 @@ struct Rows {
     }
     // Rows t0 .. t0+3 (t0 a multiple of 4) from `p` = group(t0), as they lie in memory; behind the last token it again; 0 where p is null.
     __device__ __forceinline__ void load_rows(const u8 *p, int t0, int tokens, u32 (&packed)[4][PACKED]) const {
-        if (!p || !count) {
+        if ((PAGED && !p) || !count) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -285,7 +288,7 @@ struct Rows {
                 for (int a = 0; a + 1 < AHEAD; ++a) ahead[a][i][j] = ahead[a + 1][i][j];
             }
         if (t0 >= tokens) return;
-        if ((t0 & 7) == 0) p = group(t0);  // eight tokens share a page
+        if (!PAGED || (t0 & 7) == 0) p = group(t0);  // eight tokens share a page
         else if (p) p += 4 * token_bytes;
         load_rows(p, t0, tokens, ahead[AHEAD - 1]);
     }
@@ -324,9 +327,9 @@ struct Rows {
     }
     // The other way round: four rows, of each four in order. `p`: of the rows before them, and of these from then on.
     __device__ __forceinline__ void store_rows(u8 *&p, int t0, int tokens, const u32 (&packed)[4][PACKED]) const {
-        if ((t0 & 7) == 0) p = group(t0);  // eight tokens share a page
+        if (!PAGED || (t0 & 7) == 0) p = group(t0);  // eight tokens share a page
         else if (p) p += 4 * token_bytes;
-        if (!p || !count) return;
+        if ((PAGED && !p) || !count) return;
         if (vector && t0 + 4 <= tokens) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {

@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(KVF_THREADS, KVF_BLOCKS) kvf_decode
         u32 checksum = 0;
         u64 seed = 0;
         bool wanted = true;
-        if constexpr (PAGED) {
+        if constexpr (SLOTS) {
             const int pages = (tile.phase + tile.tokens + dst.page_tokens - 1) / dst.page_tokens;
             wanted = __any_sync(FULL, lane < pages && tile.pages[tile.first_page + min(lane, pages - 1)] >= 0);
             status = find_tile(dst, input, tile, in, size, checksum, lane);
@@ -159,13 +159,13 @@ extern "C" __global__ void __launch_bounds__(KVF_THREADS, KVF_BLOCKS) kvf_decode
             bool good = false;
 #define KVF_DECODE(CPL)                                                                                                     \
     case CPL:                                                                                                               \
-        good = decode_tile<CPL>(dst, tile, in, size, PAGED, seed, checksum, tables_address, stage, lane);                   \
+        good = decode_tile<CPL>(dst, tile, in, size, SLOTS, seed, checksum, tables_address, stage, lane);                   \
         break
             switch ((tile.channels + 31) / 32) { KVF_EACH_CPL(KVF_DECODE) }
             if (!good) status = CORRUPT;
         }
         __syncwarp();
-        if (PAGED) {
+        if (SLOTS) {
             if (status != GOOD && lane == 0) atomicMax(input.status + tile.chunk, status);
         } else if (lane == 0) {
             input.status[i] = status != GOOD;

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvferry.blocks import as_bits
 from kvferry.codecs.bounded.steps import bound_from_range, round_down
 from kvferry.codecs.fused import kernels
-from kvferry.codecs.fused.kernels import DECODE, ENCODE, Case
+from kvferry.codecs.fused.kernels import DECODE, ENCODE, TENSOR, Case
 from kvferry.codecs.fused.tables import decoder_table, encoder_tables
 from kvferry.codecs.tiles import tile_directory
 from kvferry.codecs.tiling import TILE_VALUES, TilePlan, plan_tensor
@@ -96,7 +96,7 @@ def _encode(tensor: Tensor, plan: TilePlan, case: Case, bounds: kernels.Bounds) 
 def encode_bounded(tensor: Tensor, plan: TilePlan, codec: "Bounded") -> tuple[np.ndarray, Tensor, float]:
     """(sizes int64, payload uint8, largest bound of a tile) of a CUDA tensor."""
     kind = codec.relative_to if codec.relative else "none"
-    case = Case("bounded", codec.packing, codec.mode, tensor.dtype, kind == "channel", 0, False)
+    case = Case("bounded", codec.packing, codec.mode, tensor.dtype, kind == "channel", 0, TENSOR)
     with torch.cuda.device_of(tensor):
         if kind in ("tile", "channel"):
             return _encode(tensor, plan, case, kernels.Bounds(None, float(codec.error_bound), 0.0))
@@ -112,7 +112,7 @@ def encode_bounded(tensor: Tensor, plan: TilePlan, codec: "Bounded") -> tuple[np
 
 def encode_lossless(tensor: Tensor, plan: TilePlan, packing: str) -> tuple[np.ndarray, Tensor]:
     """(sizes int64, payload uint8) of a CUDA tensor."""
-    case = Case("lossless", packing, "none", tensor.dtype, False, 0, False)
+    case = Case("lossless", packing, "none", tensor.dtype, False, 0, TENSOR)
     with torch.cuda.device_of(tensor):
         return _encode(tensor, plan, case, kernels.Bounds())[:2]
 
@@ -127,7 +127,7 @@ def decode(frame: Frame, out: Tensor) -> None:
     with torch.cuda.device_of(out):
         on_device = _Plan(plan, as_bits(target))
         channel_steps = header.relative_to == "channel"
-        case = Case(header.codec, header.packing, header.mode, out.dtype, channel_steps, on_device.lanes, False)
+        case = Case(header.codec, header.packing, header.mode, out.dtype, channel_steps, on_device.lanes, TENSOR)
         payload = torch.frombuffer(bytearray(frame.payload), dtype=torch.uint8).to(out.device)
         starts_dev, sizes_dev = torch.from_numpy(starts).to(out.device), torch.from_numpy(sizes).int().to(out.device)
         status = torch.ones(len(sizes), dtype=torch.int32, device=out.device)

@@ -20,6 +20,10 @@ from kvferry.packing.columns import Bases
 CODECS = {"raw": 0, "lossless": 1, "bounded": 2}
 PACKINGS = {"none": 0, "ans": 1, "bitpack": 2}
 BASES = {Bases.ALL: 0, Bases.NONE: 1, Bases.APART: 2}
+TENSOR, PAGES, CHUNKS = "tensor", "pages", "chunks"
+"""Where values lie: in one tensor, whose tiles go to one payload; in pages, or chunk after chunk, whose tiles go to
+slots."""
+PLACES = {TENSOR: 0, PAGES: 1, CHUNKS: 2}
 ENCODE, RETRY, DECODE, DECODE_FEW = "encode", "retry", "decode", "decode_few"
 """What a kernel does. RETRY encodes chunks that did not fit their slots once more. DECODE_FEW is DECODE in another
 shape, for batches of few tiles."""
@@ -31,8 +35,7 @@ SCRATCH_BYTES = 8192
 @dataclass(frozen=True)
 class Case:
     """What a kernel is compiled for. `codec`, `packing` and `mode` by their names in frames ("none" where there is
-    none); `lanes`: bit n-1 says that tiles with n channels a lane occur; `paged`: values lie in pages, tiles go to
-    slots."""
+    none); `lanes`: bit n-1 says that tiles with n channels a lane occur; `places`: where values lie."""
 
     codec: str
     packing: str
@@ -40,7 +43,7 @@ class Case:
     dtype: torch.dtype
     channel_steps: bool
     lanes: int
-    paged: bool
+    places: str
 
     @property
     def one_sided(self) -> bool:
@@ -63,7 +66,7 @@ class Case:
             "KVF_BASES": BASES[MODE_BASES[self.mode] if self.codec == "bounded" else Bases.ALL],
             "KVF_CHANNEL_STEPS": int(self.channel_steps),
             "KVF_CPLS": self.lanes,
-            "KVF_PAGED": int(self.paged),
+            "KVF_PLACES": PLACES[self.places],
             "KVF_THREADS": threads,
             "KVF_BLOCKS": self.shape(kernel).blocks,
             "KVF_RETRY": int(kernel == RETRY),

@@ -41,8 +41,8 @@ struct Sink {
     __device__ __forceinline__ Chunk &chunk(int number) const { return ((Chunk *)(work + sizeof(Tickets) / 4))[number]; }
     __device__ __forceinline__ u32 *list() const { return (u32 *)&chunk(num_chunks); }
     __device__ __forceinline__ u32 *status(int tile) const { return list() + num_chunks * ladder.retries + status_at + tile; }
-    __device__ __forceinline__ u8 *slot(int chunk) const { return slots + (PAGED ? slot_index[chunk] * slot_bytes : 0); }
-    __device__ __forceinline__ i64 payload_at(int tiles) const { return PAGED ? SLOT_HEADER + 8 * (i64)tiles : 0; }
+    __device__ __forceinline__ u8 *slot(int chunk) const { return slots + (SLOTS ? slot_index[chunk] * slot_bytes : 0); }
+    __device__ __forceinline__ i64 payload_at(int tiles) const { return SLOTS ? SLOT_HEADER + 8 * (i64)tiles : 0; }
 };
 
 __shared__ Sink the_sink;

@@ -17,7 +17,7 @@ struct Bounds {
     float bound;
     int per_tile;
     // Whether a chunk's largest bound is known from these alone.
-    __device__ __forceinline__ bool foreseen() const { return !(relative > 0.0) && (!bounds || (PAGED && !per_tile)); }
+    __device__ __forceinline__ bool foreseen() const { return !(relative > 0.0) && (!bounds || (SLOTS && !per_tile)); }
 };
 
 __shared__ Bounds the_bounds;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void make_quantisers(const Source &s, const Tile &til
     const int sampled = (tile.tokens + 7) / 8 * tile.channels;
     const int typical = warp_sum(exponents) / max(sampled, 1) + 2;
     if (!(how.relative > 0.0)) {
-        const float asked = how.bounds ? how.bounds[PAGED && !how.per_tile ? tile.local % s.num_lines : tile.index] : how.bound;
+        const float asked = how.bounds ? how.bounds[SLOTS && !how.per_tile ? tile.local % s.num_lines : tile.index] : how.bound;
         const Quantiser q = quantiser_of(loosened(asked, looser), typical);
 #pragma unroll
         for (int k = 0; k < CPL; ++k) quantiser[k] = q;

@@ -10,8 +10,8 @@ __device__ __forceinline__ u8 *place(const Source &s, const Sink &sink, const Ti
 
 __device__ __forceinline__ void write_directory(const Source &s, const Sink &sink, const Tile &tile, const Writer &writer, int size, i64 end, int lane) {
     const u64 sum = warp_sum64(writer.sum);
-    u32 *directory = PAGED ? (u32 *)(sink.slot(tile.chunk) + SLOT_HEADER) : sink.directory;
-    const u32 checksum = PAGED ? hash_end(sum + tile_seed(sink.identities + 2 * tile.chunk, tile.local, size)) : 0;
+    u32 *directory = SLOTS ? (u32 *)(sink.slot(tile.chunk) + SLOT_HEADER) : sink.directory;
+    const u32 checksum = SLOTS ? hash_end(sum + tile_seed(sink.identities + 2 * tile.chunk, tile.local, size)) : 0;
     if (lane < 2) directory[2 * tile.local + lane] = lane ? checksum : (u32)end;
 }
 
@@ -62,7 +62,7 @@ __device__ __noinline__ void finish_chunk(int chunk, u32 payload, int level, int
 // A tile that is where it belongs, and ends at `end`. In a first try a chunk is finished by its last tile, the others' bytes being on
 // their way. Who tries it again must not overtake those of the last try: then it is finished by whichever tile is the last to settle.
 __device__ __forceinline__ void settled(int chunk, int local, i64 end, int level, int lane) {
-    if constexpr (!PAGED) return;
+    if constexpr (!SLOTS) return;
     const Sink &sink = the_sink;
     const int tiles = the_source.tiles_per_chunk;
     const bool last = local + 1 == tiles;

@@ -15,7 +15,7 @@ from kvferry.blocks import BIT_DTYPES
 from kvferry.codecs.bounded import Bounded
 from kvferry.codecs.bounded.steps import round_down
 from kvferry.codecs.fused import kernels
-from kvferry.codecs.fused.kernels import ENCODE, RETRY, Case, Loaded, SlotFacts
+from kvferry.codecs.fused.kernels import CHUNKS, ENCODE, PAGES, RETRY, Case, Loaded, SlotFacts
 from kvferry.codecs.fused.tables import decoder_table, encoder_tables
 from kvferry.device.nvrtc import Arguments, current_stream_handle, make_current, zero_words
 from kvferry.format.frame import MODES, PACKINGS
@@ -101,7 +101,7 @@ class _Prepared:
             dtype=BIT_DTYPES[kv.dtype.itemsize] if codec.name == "raw" else kv.dtype,
             channel_steps=isinstance(codec, Bounded) and codec.relative and codec.relative_to == "channel",
             lanes=lanes,
-            paged=True,
+            places=CHUNKS if _tile_bounds(slot_codec) is not None else PAGES,
         )
         kind = sum(int(header[name]) << 8 * place for place, name in enumerate(("codec", "dtype", "packing", "mode")))
         facts = SlotFacts(kind, int(header["relative_to"]), int(header["layout_digest"]), int(header["tokens"]))
@@ -191,6 +191,12 @@ def _copy(structure: _Structure) -> _Structure:
     return type(structure).from_buffer_copy(structure)
 
 
+def _tile_bounds(slot_codec: "SlotCodec") -> Tensor | None:
+    """Of `CoefficientSlots`, whose chunks lie one behind another."""
+    found: Tensor | None = getattr(slot_codec, "tile_bounds", None)
+    return found
+
+
 def _bounds(slot_codec: "SlotCodec") -> kernels.Bounds:
     codec = slot_codec.codec
     if not isinstance(codec, Bounded):
@@ -198,7 +204,7 @@ def _bounds(slot_codec: "SlotCodec") -> kernels.Bounds:
     if codec.relative:
         return kernels.Bounds(None, float(codec.error_bound), 0.0)
     bound = float(round_down(torch.tensor(codec.error_bound, dtype=torch.float64)))
-    tile_bounds: Tensor | None = getattr(slot_codec, "tile_bounds", None)
+    tile_bounds = _tile_bounds(slot_codec)
     if tile_bounds is not None:
         return kernels.Bounds(tile_bounds.data_ptr(), 0.0, bound, 1)
     return kernels.Bounds(kernels.address(slot_codec.bounds), 0.0, bound)

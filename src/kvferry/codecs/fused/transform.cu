@@ -317,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
     const auto complete = [&](int k) {
         const Item &item = items[k & 7];
         const Place &place = places[behind];
-        if (!KVF_INVERSE) mark(job, item, share.blocks);
+        if (!KVF_INVERSE) mark(job, item, share.blocks, rows_at + behind * 8 * TOKENS);
         if (!KVF_INVERSE && item.bad) copy_block(job, item, place, false);
         else if (GATHERED && good) send_rows(job, item, place, column, own, out, rows_at + behind * 8 * TOKENS);
     };
@@ -341,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DEPTH <= 256 ? 2 : 1) kvf_
         Asked asked;
         if (k + 2 < size) asked = ask(job, items[(k + 2) & 7], tokens);
         good = !KVF_INVERSE || (place.status == GOOD && !item.bad);
-        if (good) round_rows(job, item, place, rows, factor, angles);
+        if (good) round_rows(job, item, place, rows, factor, rows_at + here * 8 * TOKENS, angles);
         else if (place.status == GOOD) copy_block(job, item, place, true);
         __syncthreads();
         if (k + 2 < size) note(job, items[(k + 2) & 7], asked, places[behind], rows_at + behind * 8 * TOKENS);

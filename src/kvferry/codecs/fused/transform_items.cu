@@ -301,12 +301,12 @@ __device__ __noinline__ void copy_block(const Job &job, const Item &item, const 
     }
 }
 
-// Forward, once it is known whether all have coefficients: the item's bounds, and its mark (there are zeros) if it has one.
-__device__ __forceinline__ void mark(const Job &job, const Item &item, int blocks) {
+// Forward, once it is known whether all have coefficients: the item's bounds, and the mark (there are zeros) of tokens that have a page if it has one.
+__device__ __forceinline__ void mark(const Job &job, const Item &item, int blocks, u32 rows_at) {
     const bool bad = item.bad;
     float *bounds = job.bounds + ((i64)item.chunk * blocks + item.block) * job.coded;
     const int i = (int)threadIdx.x - 2 * TOKENS;  // not those who look things up
     if (i >= 0 && i < job.coded_part_lines) bounds[item.part * job.coded_part_lines + i] = bad ? EXACT_BOUND : job.bound;
     if (i == 0) bounds[item.mark_line] = job.bound;
-    if (bad && i >= 0 && i < item.tokens) *item.mark(i) = (u16)half_bits(MARK);
+    if (bad && i >= 0 && i < item.tokens && somewhere(load_place(rows_at, i))) *item.mark(i) = (u16)half_bits(MARK);
 }

@@ -110,8 +110,9 @@ struct RowAngles {
     }
 };
 
-// The rows of an item at `rows`, and by what a row's products are to be multiplied. `ahead`: of round 0, where ALIGNED and turned.
-__device__ __forceinline__ void round_rows(const Job &job, Item &item, const Place &place, u32 rows, u32 factor, RowAngles &ahead) {
+// The rows of an item at `rows`, and by what a row's products are to be multiplied: forward, by 0 where `rows_at` says that there is no page.
+// `ahead`: of round 0, where ALIGNED and turned.
+__device__ __forceinline__ void round_rows(const Job &job, Item &item, const Place &place, u32 rows, u32 factor, u32 rows_at, RowAngles &ahead) {
     constexpr int TOGETHER = EACH <= 2 && ROUNDS % 2 == 0 ? 2 : 1;  // rounds that hide each other's latencies
     const int j = threadIdx.x % LANES;
     const float scale = job.scale[item.part];
@@ -231,7 +232,8 @@ __device__ __forceinline__ void round_rows(const Job &job, Item &item, const Pla
             }
             if (KVF_INVERSE && any_lower) item.lower = 1;
             if (j == 0) {
-                store_shared(factor + 4 * t, __float_as_uint(__fmul_rn(power_of_two(exponent - 22), scale)));  // exact
+                const bool there = KVF_INVERSE || somewhere(load_place(rows_at, t));
+                store_shared(factor + 4 * t, there ? __float_as_uint(__fmul_rn(power_of_two(exponent - 22), scale)) : 0);  // exact
                 if (!KVF_INVERSE && most[r] >= INFINITE && t < item.tokens) item.bad = 1;
             }
         }

@@ -168,7 +168,7 @@ def encode(
             space.kernels.forward(outer, scratch, table, at)
         else:
             _forward(space, scratch, table, at)
-        scratch.slots.encode(_scratch_pages(scratch, table), slots, slot_index[part], identities[part])
+        scratch.slots.encode(_coded_pages(outer, scratch, table), slots, slot_index[part], identities[part])
 
 
 def decode(
@@ -186,7 +186,7 @@ def decode(
         table = page_table[part]
         scratch = space.scratch(len(table))
         at = scratch.no_positions[: len(table)] if positions is None else positions[part]
-        pages = _scratch_pages(scratch, table)
+        pages = _coded_pages(outer, scratch, table)
         scratch.slots.decode(slots, slot_index[part], pages, identities[part], status[part])
         if outer.kv.device.type == "cuda":
             space.kernels.inverse(outer, scratch, table, at, status[part])
@@ -198,10 +198,12 @@ def _parts(chunks: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + at_once, chunks)) for start in range(0, chunks, at_once)]
 
 
-def _scratch_pages(scratch: Scratch, page_table: Tensor) -> Tensor:
-    """The coefficients' pages, -1 where the cache's are."""
-    pages = scratch.pages[: len(page_table)]
-    return torch.where(page_table < 0, -1, pages)
+def _coded_pages(outer: SlotCodec, scratch: Scratch, page_table: Tensor) -> Tensor:
+    """The coefficients' pages, -1 where the cache's are. On a GPU, the cache's: kernels know that coefficients lie
+    chunk after chunk (zeros where a page is missing), and ask only whether there is a page."""
+    if outer.kv.device.type == "cuda":
+        return page_table
+    return torch.where(page_table < 0, -1, scratch.pages[: len(page_table)])
 
 
 # -- on the CPU -------------------------------------------------------------------------------------------------------
@@ -220,6 +222,7 @@ def _forward(space: Workspace, scratch: Scratch, page_table: Tensor, positions: 
     lines_each = outer.kv.num_lines // len(space.parts)
     blocks = -(-outer.tokens // TILE_TOKENS)
     token_positions = _token_positions(outer, positions)
+    there = (page_table >= 0).repeat_interleave(outer.kv.page_tokens, 1)  # [chunks, tokens]
     bound = torch.tensor(scratch.bound)
     bounds = scratch.tile_bounds[:chunks].view(chunks, blocks, -1)
     bounds.fill_(scratch.bound)
@@ -233,7 +236,7 @@ def _forward(space: Workspace, scratch: Scratch, page_table: Tensor, positions: 
         coded = as_bits(coefficients.transpose(0, 1).reshape(chunks, outer.tokens, -1))
         for group in range(profile.groups):
             at, own = number * profile.groups + group, slice(group * profile.n, (group + 1) * profile.n)
-            special = _blocks(bad[group].view(chunks, outer.tokens))  # [chunks, blocks]
+            special = _blocks(bad[group].view(chunks, outer.tokens) & there)  # [chunks, blocks]
             per_token = special.repeat_interleave(TILE_TOKENS, 1)[:, : outer.tokens, None]
             target = as_bits(scratch.vectors[at]).view(scratch.chunks, outer.tokens, -1)
             target[:chunks] = torch.where(per_token, as_bits(gathered)[..., own], coded[..., own])
