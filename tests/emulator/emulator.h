@@ -265,6 +265,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __double2float_rn(double v) { return (float)v; }
 inline float __uint2float_rn(u32 v) { return (float)v; }
+inline float __int2float_rn(int v) { return (float)v; }
 inline float __ll2float_rn(i64 v) { return (float)v; }
 inline int __popc(u32 v) { return __builtin_popcount(v); }
 inline int __ffs(u32 v) { return __builtin_ffs((int)v); }

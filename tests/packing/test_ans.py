@@ -280,14 +280,85 @@ def test_states_of_a_single_pair() -> None:
     assert emitted[0, : count[0]].tolist() == words
 
 
+def packed(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles of two-sided integers `[N, T, C]` with bases: rows and sizes."""
+    values = values.int()
+    nothing = torch.zeros_like(values, dtype=torch.bool)
+    columns = Columns(values, values, empty_planes(values), nothing, values.short(), torch.ones(len(values)))
+    return reference.pack(columns, Layout(2, Bases.ALL), 1 << 16)
+
+
+def spread_tiles(tokens: int, scales: torch.Tensor, centres: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Gaussian integers int64 `[8, tokens, C]`, channels of those standard deviations around those centres."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(8, tokens, len(scales), generator=generator) * scales + centres).round().long()
+
+
+@pytest.mark.parametrize(("centre", "named"), [(0.0, False), (0.6, False), (7.0, True), (100.0, True)])
+def test_bases_that_do_not_pay_are_left_out(centre: float, named: bool) -> None:
+    """The means of noise around zero differ too, by much less than its spread."""
+    values = spread_tiles(64, torch.full((128,), 6.0), centre * (torch.arange(128) % 2 * 2.0 - 1))
+    base, scale_class = classes.sparing(values)
+    centred, narrower = classes.centred(values)
+    assert bool((centred != 0).any(1).all())
+    if named:
+        assert torch.equal(base, centred) and torch.equal(scale_class, narrower)
+    else:
+        assert bool((base == 0).all())
+        assert bool((scale_class >= narrower).all())
+    rows, _ = packed(values)
+    assert bool(((rows[:, 1] > 0) == named).all())
+
+
+def test_no_base_is_the_class_of_the_mean_square() -> None:
+    values = spread_tiles(48, torch.full((96,), 3.0), torch.full((96,), 0.2))
+    base, scale_class = classes.sparing(values)
+    shifted = classes.centred(values)[0] != 0
+    assert bool((base == 0).all()) and bool(shifted.any()) and not bool(shifted.all())
+    for n, c in shifted.nonzero().tolist():
+        column = values[n, :, c].tolist()
+        assert int(scale_class[n, c]) == exact_class(48 * sum(v * v for v in column), 48)
+
+
+@pytest.mark.parametrize(("channels", "raised"), [(4, True), (40, False)])
+def test_few_small_classes_are_raised_to_what_4_bits_reach(channels: int, raised: bool) -> None:
+    scales = torch.full((128,), 30.0)
+    scales[:channels] = 0.3
+    values = spread_tiles(64, scales, torch.zeros(128))
+    own, scale_class = classes.centred(values)[1], classes.sparing(values)[1]
+    assert bool((own.amax(1) - own.amin(1) > 15).all())
+    rows, _ = packed(values)
+    assert bool((rows[:, 2] == (1 if raised else 2)).all())
+    assert bool(((scale_class.amax(1) - scale_class.amin(1) == 15) == raised).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.sampled_from([1, 7, 31, 32, 45, 64]),
+    channels=st.sampled_from([3, 32, 80, 128]),
+    octaves=st.tuples(st.floats(-4, 5), st.floats(-4, 5)),
+    shift=st.sampled_from([0.0, 0.3, 1.0, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_sparing_spares(tokens: int, channels: int, octaves: tuple[float, float], shift: float, seed: int) -> None:
+    """Over some tiles it takes hardly more bytes than naming all, whatever the channels' scales and centres."""
+    scales = torch.logspace(octaves[0], octaves[1], channels, base=2.0)
+    centres = torch.randn(channels, generator=torch.Generator().manual_seed(seed)) * shift * scales
+    values = spread_tiles(tokens, scales, centres, seed)
+    if tokens < 32:
+        assert all(map(torch.equal, classes.sparing(values), classes.centred(values)))
+    sparing = int(packed(values)[1].sum())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classes, "sparing", classes.centred)
+        naming = int(packed(values)[1].sum())
+    assert sparing <= 1.01 * naming + 8 * len(values)
+
+
 def coded_bits(values: torch.Tensor) -> float:
     """Bits a value that coding makes of integer tiles `[N, 64, 128]`: words, exact values and what the lanes' states
     say, without what naming each channel's class and base costs. A final state is spread evenly over the octaves from
     2**16 to 2**32, so it says 8 of its 32 bits on average."""
-    values = values.int()
-    nothing = torch.zeros_like(values, dtype=torch.bool)
-    columns = Columns(values, values, empty_planes(values), nothing, values.short(), torch.ones(len(values)))
-    rows, length = reference.pack(columns, Layout(2, Bases.ALL), 1 << 16)
+    rows, length = packed(values)
     widths = torch.tensor([0, 4, 8, 16, 32])
     naming = 128 * (widths[rows[:, 1].long()] + widths[rows[:, 2].long()])
     return float((8 * length - 128 - naming - 32 * 24).sum()) / values.numel()
@@ -298,7 +369,7 @@ def test_coded_size_is_the_entropy(sigma: float) -> None:
     """Gaussian integers: the coder within 0.01 bits of the tables' cross entropy, that within 0.1 of the noise's."""
     generator = torch.Generator().manual_seed(int(10 * sigma))
     values = (torch.randn(6, 64, 128, generator=generator, dtype=torch.float64) * sigma).round().long()
-    base, scale_class = classes.centred(values)
+    base, scale_class = classes.sparing(values)
     ideal = 0.0
     for n in range(len(values)):
         for c in range(128):

@@ -27,6 +27,7 @@ from kvferry.codecs.fused.kernels import (
 )
 from kvferry.device.nvrtc import Arguments, compile_cubin
 from kvferry.format import slot
+from kvferry.packing.ans import classes
 from kvferry.packing.ans.tables import PROB_BITS, family
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -118,6 +119,7 @@ def test_the_source_agrees_with_the_host() -> None:
     ):
         assert int(constant(name)) == status
     assert int(constant("SPARE")) == fitting._SPARE
+    assert int(constant("SPARING_TOKENS")) == classes._SPARING_TOKENS
     assert int(constant("LEVELS_OF_PAYLOAD")) == fitting._LEVELS_OF_PAYLOAD
     assert int(constant("MOST_TRIES")) == fitting.MOST_TRIES
     roots = re.findall(r"0x([0-9a-f]{8})u", source.split("mantissas[8]")[1])[:8]

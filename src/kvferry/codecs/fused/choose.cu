@@ -26,11 +26,19 @@ __device__ __forceinline__ int small_code(u32 largest) {
     return largest == 0 ? 0 : largest < 16 ? 1 : largest < 256 ? 2 : largest < 65536 ? 3 : 4;
 }
 
+constexpr int SPARING_TOKENS = 32;
+
+// Of a tile's classes and bases.
+struct Ranges {
+    int least_class, most_class, least_base, most_base;
+};
+
 // Base and class (ans) or width (bitpack) of each group of a lane's channels, by the rules of packing/.
 template <int CPL>
 struct Choice {
     int base[NUM_GROUPS][CPL], klass[NUM_GROUPS][CPL];
     u32 apart;  // bit CPL*b + k: group b of channel k is kept apart
+    float variance[CPL], mean[CPL];  // CENTRED
 
     __device__ __forceinline__ bool has_base(int b, int k) const { return KVF_BASES == ALL || (KVF_BASES == APART && apart >> (CPL * b + k) & 1); }
     __device__ __forceinline__ int stored(int b, int k) const {
@@ -44,11 +52,34 @@ struct Choice {
         return shift;
     }
 
+    // Of what is stored, by all lanes, in `blocks` blocks.
+    __device__ __forceinline__ Ranges ranges(int count, int blocks) const {
+        int least_class = 0x7fffffff, most_class = 0, least_base = 0x7fffffff, most_base = -0x7fffffff - 1;
+#pragma unroll
+        for (int b = 0; b < NUM_GROUPS; ++b)
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+                if (b >= blocks || k >= count) continue;
+                least_class = min(least_class, stored(b, k));
+                most_class = max(most_class, stored(b, k));
+                if (!has_base(b, k)) continue;
+                least_base = min(least_base, base[b][k]);
+                most_base = max(most_base, base[b][k]);
+            }
+        return {warp_min(least_class), warp_max(most_class), warp_min(least_base), warp_max(most_base)};
+    }
+
     // ---- the rules, from sums over a group's `length` tokens ----
     __device__ __forceinline__ void centre(int b, int k, int length, int origin, i64 sum, i64 squares) {  // values: origin + what was summed
         const i64 numerator = 2 * sum + length;
         base[b][k] = origin + (int)(numerator / (2 * length)) - (numerator % (2 * length) < 0);
-        klass[b][k] = spread_class(length * squares - sum * sum, length);
+        const i64 spread = length * squares - sum * sum;
+        centred(k, spread == 0, __fdiv_rn(__ll2float_rn(spread), (float)(length * length)), __fdiv_rn(__ll2float_rn(sum + (i64)origin * length), (float)length));
+    }
+    __device__ __forceinline__ void centred(int k, bool constant, float of_variance, float of_mean) {
+        klass[0][k] = constant ? 0 : variance_class(of_variance);
+        variance[k] = of_variance;
+        mean[k] = of_mean;
     }
     // The same of bytes, in 32 bits.
     __device__ __forceinline__ void centre_of_bytes(int b, int k, u32 length, int origin, u32 sum, u32 squares) {
@@ -57,7 +88,43 @@ struct Choice {
         base[b][k] = origin + (int)(whole ? (2 * sum + TILE_TOKENS) / (2 * TILE_TOKENS) : (2 * sum + length) / (2 * length));
         const float variance = whole ? __fmul_rn(__uint2float_rn(spread), 1.0f / (TILE_TOKENS * TILE_TOKENS))
                                      : __fdiv_rn(__uint2float_rn(spread), (float)(length * length));
-        klass[b][k] = spread == 0 ? 0 : variance_class(variance);
+        const float total = __int2float_rn((int)sum + origin * (int)length);
+        centred(k, spread == 0, variance, whole ? __fmul_rn(total, 1.0f / TILE_TOKENS) : __fdiv_rn(total, (float)length));
+    }
+    // In tiles of SPARING_TOKENS and more: no bases of 4 bits where they take more than they spare, at a third of a bit a token for a class; and no classes so small that all take 8 bits
+    // instead of 4, if raising them is cheaper. (At small classes, a class is half of that at most.)
+    __device__ __forceinline__ Ranges spare(int tokens, int channels, int count) {
+        Ranges found = ranges(count, 1);
+        if (tokens < SPARING_TOKENS) return found;
+        if (small_code((u32)found.most_base - (u32)found.least_base) == 1) {
+            int around_zero[CPL], wider = 0;
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+                around_zero[k] = base[0][k] ? variance_class(__fadd_rn(variance[k], __fmul_rn(mean[k], mean[k]))) : klass[0][k];
+                if (k < count) wider += around_zero[k] - klass[0][k];
+            }
+            if (warp_sum(wider) * tokens <= 3 * 4 * channels) {
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) {
+                    base[0][k] = 0;
+                    klass[0][k] = around_zero[k];
+                }
+                found = ranges(count, 1);
+            }
+        }
+        const int floor = found.most_class - 15;
+        if (found.least_class < floor) {
+            int raised = 0;
+#pragma unroll
+            for (int k = 0; k < CPL; ++k)
+                if (k < count) raised += max(floor - klass[0][k], 0);
+            if (warp_sum(raised) * tokens <= 6 * 4 * channels) {
+                found.least_class = floor;
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) klass[0][k] = max(klass[0][k], floor);
+            }
+        }
+        return found;
     }
     __device__ __forceinline__ void range(int b, int k, int least, int most) {
         base[b][k] = least;
@@ -147,10 +214,7 @@ struct Layout {
     int planes_at, steps_at, classes_at, bases_at, low_at, words_at;
     int bases_before[NUM_GROUPS], low_before[NUM_GROUPS];  // of this lane's groups
 
-    __device__ __forceinline__ Layout(const Choice<CPL> &choice, int tokens, int channels, int count, int lane) {
-        int most_class = 0, most_base = -0x7fffffff - 1;
-        least_class = 0x7fffffff;
-        least_base = 0x7fffffff;
+    __device__ __forceinline__ Layout(const Choice<CPL> &choice, const Ranges &ranges, int tokens, int channels, int count, int lane) {
         num_bases = low_words = 0;
         const int blocks = (tokens + GROUP - 1) / GROUP;
         num_groups = blocks * channels;
@@ -161,13 +225,7 @@ struct Layout {
 #pragma unroll
             for (int k = 0; k < CPL; ++k) {
                 if (k >= count) continue;
-                least_class = min(least_class, choice.stored(b, k));
-                most_class = max(most_class, choice.stored(b, k));
-                if (choice.has_base(b, k)) {
-                    ++my_bases;
-                    least_base = min(least_base, choice.base[b][k]);
-                    most_base = max(most_base, choice.base[b][k]);
-                }
+                my_bases += choice.has_base(b, k);
                 my_words += stream_words(min(GROUP, tokens - b * GROUP), choice.width(b, k));
             }
             if (KVF_BASES == ALL) {
@@ -182,13 +240,10 @@ struct Layout {
             num_bases += bases;
             low_words += words;
         }
-        least_class = warp_min(least_class);
-        most_class = warp_max(most_class);
-        least_base = warp_min(least_base);
-        most_base = warp_max(most_base);
-        if (num_bases == 0) least_base = most_base = 0;
-        class_code = small_code(most_class - least_class);
-        base_code = small_code((u32)most_base - (u32)least_base);
+        least_class = ranges.least_class;
+        least_base = num_bases ? ranges.least_base : 0;
+        class_code = small_code(ranges.most_class - ranges.least_class);
+        base_code = num_bases ? small_code((u32)ranges.most_base - (u32)ranges.least_base) : 0;
         const int lanes = (channels + CPL - 1) / CPL;
         planes_at = 16 + (ANS ? 4 * lanes : 0);
         steps_at = planes_at + pad4(PLANES * tokens * channels);

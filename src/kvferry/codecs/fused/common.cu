@@ -30,7 +30,7 @@ constexpr u32 MANTISSA_MASK = (1u << KVF_MANTISSA) - 1, EXPONENT_MASK = (1u << K
 // Lossless: sign and mantissa; whole bytes of it go to planes, the other bits stay under the exponent.
 constexpr int REST_BITS = KVF_MANTISSA + 1, PLANES = LOSSLESS ? REST_BITS / 8 : 0, LOW_BITS = LOSSLESS ? REST_BITS % 8 : 0;
 constexpr int ALL = 0, NONE = 1, APART = 2;
-constexpr bool DELTA = KVF_BASES != ALL, CHANNEL_STEPS = KVF_CHANNEL_STEPS;
+constexpr bool DELTA = KVF_BASES != ALL, CENTRED = BOUNDED && ANS && !DELTA, CHANNEL_STEPS = KVF_CHANNEL_STEPS;
 constexpr int GROUP = ANS ? 64 : 32;  // tokens that share a class and a base
 constexpr int TILE_TOKENS = 64;
 

@@ -51,7 +51,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         }
         __syncwarp();
         next_phase();
-        Layout<CPL> layout(choice, tokens, channels, rows.count, lane);
+        Layout<CPL> layout(choice, CENTRED ? choice.spare(tokens, channels, rows.count) : choice.ranges(rows.count, (tokens + GROUP - 1) / GROUP), tokens, channels, rows.count, lane);
         __syncwarp();  // the list of repairs is done with
         int(&kept)[LAYOUT_WORDS] = the_layouts[threadIdx.x >> 5];
         if (ANS) layout.keep(kept, lane);

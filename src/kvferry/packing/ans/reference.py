@@ -65,7 +65,7 @@ def _choose(columns: Columns, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         scale_class = classes.exponents(largest[:, None] - exponent, largest)
         return -largest, scale_class, torch.ones_like(largest, dtype=torch.bool)
     if layout.bases is Bases.ALL:
-        base, scale_class = classes.centred(columns.estimate.long())
+        base, scale_class = classes.sparing(columns.estimate.long())
         return base, scale_class, torch.ones_like(base, dtype=torch.bool)
     if layout.bases is Bases.NONE:
         scale_class = classes.differences(values)
