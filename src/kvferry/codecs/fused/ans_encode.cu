@@ -107,6 +107,58 @@ __device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<C
     return writer.sum;
 }
 
+// The same of tiles without differences, two values to an instruction: of at most PAIR_BITS low bits, so that four values' fit a word.
+constexpr int PAIR_BITS = 8;
+template <int CPL>
+__device__ __noinline__ u64 split_pairs(int tokens, const Columns<CPL> columns, const Stage stage, u8 *out, int index, int lane) {
+    Writer writer = {out, 0};
+    int at[CPL], filled[CPL];
+    u32 pending[CPL], offset[CPL];
+#pragma unroll
+    for (int k = 0; k < CPL; ++k) {
+        pending[k] = filled[k] = 0;
+        offset[k] = ((u32)columns.offset[k] & 0xffff) * 0x10001;
+        at[k] = index;
+        index += stream_words(tokens, columns.shift[k]);
+    }
+#pragma unroll 1
+    for (int t = 0; t < tokens; t += 4) {
+        const u32 address = stage.codes + (t / 4 * 32 + lane) * CPL * 4;
+        u32 packed[CPL];
+        load_shared_words<CPL>(address, packed);
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            const int width = columns.shift[k];
+            const u32 mask = ((1u << width) - 1) * 0x10001, most = ((ALPHABET << width) - 1) * 0x10001;
+            // Of tokens 0 and 2, and of 1 and 3.
+            const u32 even = __byte_perm(packed[k], 0, 0x4240), odd = __byte_perm(packed[k], 0, 0x4341);
+            const u32 even_column = clamp_halves(even, offset[k], most) >> width & (ALPHABET - 1) * 0x10001;
+            const u32 odd_column = clamp_halves(odd, offset[k], most) >> width & (ALPHABET - 1) * 0x10001;
+            packed[k] = __byte_perm(even_column, odd_column, 0x6240);
+            const u32 least = offset[k] & mask;  // no sum of it and a byte leaves its half
+            const u32 low = (even + least & mask) | (odd + least & mask) << width;
+            u32 four = (low & 0xffff) | low >> 16 << (2 * width);
+            const int bits = min(4, tokens - t) * width;
+            if (tokens - t < 4) four &= (1u << bits) - 1;
+            const u64 joined = (u64)four << filled[k];
+            pending[k] |= (u32)joined;
+            filled[k] += bits;
+            if (filled[k] >= 32) {
+                if (out) writer.word(at[k], pending[k]);
+                ++at[k];
+                pending[k] = (u32)(joined >> 32);
+                filled[k] -= 32;
+            }
+        }
+        store_shared_words<CPL>(address, packed);
+    }
+#pragma unroll
+    for (int k = 0; k < CPL; ++k)
+        if (filled[k] && out) writer.word(at[k], pending[k]);
+    __syncwarp();
+    return writer.sum;
+}
+
 // The same where few channels have low bits (FEW at most, of at most 16 bits): these alone, one after another, each by the whole warp, a lane
 // for two tokens. The bytes of others stay. No differences.
 constexpr int FEW = 24, FEW_BITS = 16;
@@ -174,16 +226,18 @@ __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int token
     // Two columns at once where nothing is to be shifted off: bytes and their offsets, which lie within some hundreds of 0, fit halves.
     constexpr bool PAIRED = !DELTA && LOW_BITS == 0;
     u64 low_sum = 0;
-    bool few = false;
+    bool few = false, pairs = false;
     if (BOUNDED ? gathered.fast && low : LOW_BITS && low_out) {
         if (PAIRED) {
             int split = 0;
 #pragma unroll
             for (int k = 0; k < CPL; ++k) split += __popc(__ballot_sync(FULL, columns.shift[k] != 0));
             few = split <= FEW && __all_sync(FULL, most_shift <= FEW_BITS);
+            pairs = __all_sync(FULL, most_shift <= PAIR_BITS);
         }
-        low_sum = few ? split_few_columns<CPL>(tokens, columns, stage, low_out, low_index, lane)
-                      : split_columns<CPL>(tokens, count, columns, stage, low_out, low_index, lane);
+        low_sum = few     ? split_few_columns<CPL>(tokens, columns, stage, low_out, low_index, lane)
+                  : pairs ? split_pairs<CPL>(tokens, columns, stage, low_out, low_index, lane)
+                          : split_columns<CPL>(tokens, count, columns, stage, low_out, low_index, lane);
     }
     if (low_out) {  // in memory: registers are dear in the loop below
         store_shared(stage.small_at(LOW_SUM_AT + 2 * lane), (u32)low_sum);

@@ -1,10 +1,11 @@
 // Tensor to bytes: a tile's values as one byte each in shared memory, with bases and classes on the way. Behind choose.cu.
 //
-// A channel's codes nearly always lie within 127 of its first one, so a byte holds the distance. Where they do not, or where
+// A channel's codes nearly always lie within 127 of its first one (transform coefficients: of 0), so a byte holds the distance. Where they do not, or where
 // a value is special (NaN, infinity, denormal, negative zero), the tile takes the slow way: its values go through the whole quantiser
 // each time they are needed. Four tokens of a channel share a word: word (t/4 * 32 + lane) * CPL + k.
 
 // Bytes of the lossless split, and its other direction: value + ORIGIN.
+constexpr bool AROUND_ZERO = BOUNDED && SLOTS && !PAGED;
 constexpr int ORIGIN = LOSSLESS ? (int)(EXPONENT_MASK << LOW_BITS) : 0;
 
 // Shared memory of a warp.
@@ -227,9 +228,12 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     for (int k = 0; k < CPL; ++k) {
         sum[k] = squares[k] = 0;
         if constexpr (BOUNDED) {
-            const float scaled = __fmul_rn(Rows<CPL>::number(ahead[0][0], k), quantiser[k].inverse);
-            gathered.fast &= fabsf(scaled) < 2097152.0f;
-            const int bits = __float_as_int(scaled + ROUNDER);
+            int bits = ROUNDER_BITS;
+            if (!AROUND_ZERO) {
+                const float scaled = __fmul_rn(Rows<CPL>::number(ahead[0][0], k), quantiser[k].inverse);
+                gathered.fast &= fabsf(scaled) < 2097152.0f;
+                bits = __float_as_int(scaled + ROUNDER);
+            }
             store_shared(offsets + 4 * k, (u32)(bits - 128));
         }
     }
@@ -248,7 +252,12 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
         if constexpr (BOUNDED) {
             u32 byte[4][CPL], offset[CPL], difference[4][PAIRS + 1];
             bool missed[4] = {}, any_missed = false;  // of token t0+i: a value may miss the bound. (NaN are found in another way.)
-            load_shared_words<CPL>(offsets, offset);
+            if (AROUND_ZERO) {
+#pragma unroll
+                for (int k = 0; k < CPL; ++k) offset[k] = ROUNDER_BITS - 128;
+            } else {
+                load_shared_words<CPL>(offsets, offset);
+            }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float rounded[PACKED * 4 / KVF_ITEM] = {};
