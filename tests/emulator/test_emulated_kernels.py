@@ -165,7 +165,9 @@ def test_chunks_that_overflow_at_once(packing: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"packing": "bitpack", "error_bound": 0.7}, {"ratio": 3.0}, {"ratio": 20.0}], ids=str
+    "how",
+    [{}, {"packing": "bitpack", "error_bound": 0.7}, {"error_bound": 0.03}, {"ratio": 3.0}, {"ratio": 20.0}],
+    ids=str,
 )
 @pytest.mark.parametrize(
     ("heads", "dim", "group", "rope"),

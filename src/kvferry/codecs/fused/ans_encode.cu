@@ -107,6 +107,29 @@ __device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<C
     return writer.sum;
 }
 
+// Of codes that bytes do not reach, once low bits have been split off (such channels have some, and bytes have them right).
+template <int CPL>
+__device__ __noinline__ void stage_wide(int tile_index, const Quantisers<CPL> quantisers, const Columns<CPL> columns, const Stage stage, int lane) {
+    const Source &s = the_source;
+    const Tile tile(s, tile_index);
+    const Rows<CPL> rows(s, tile, lane);
+    u32 offset[CPL];
+    load_shared_words<CPL>(stage.small_at(ORIGINS_AT + lane * CPL), offset);
+#pragma unroll 1
+    for (int t = 0; t < tile.tokens; ++t) {
+        u32 row[Rows<CPL>::PACKED], code[CPL];
+        rows.load_row(t, row);
+        wide_codes<CPL>(row, quantisers, offset, code);
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            const int byte = (int)code[k] - WIDE_BELOW;
+            if ((u32)byte < 256) continue;
+            store_shared_u8(stage.codes + ((t / 4 * 32 + lane) * CPL + k) * 4 + t % 4, (u32)clamp_to((byte + columns.offset[k]) >> columns.shift[k], ALPHABET - 1));
+        }
+    }
+    __syncwarp();
+}
+
 // The same of tiles without differences, two values to an instruction: of at most PAIR_BITS low bits, so that four values' fit a word.
 constexpr int PAIR_BITS = 8;
 template <int CPL>
@@ -238,6 +261,7 @@ __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int token
         low_sum = few     ? split_few_columns<CPL>(tokens, columns, stage, low_out, low_index, lane)
                   : pairs ? split_pairs<CPL>(tokens, columns, stage, low_out, low_index, lane)
                           : split_columns<CPL>(tokens, count, columns, stage, low_out, low_index, lane);
+        if (CENTRED && gathered.wide) stage_wide<CPL>(tile_index, quantisers, columns, stage, lane);
     }
     if (low_out) {  // in memory: registers are dear in the loop below
         store_shared(stage.small_at(LOW_SUM_AT + 2 * lane), (u32)low_sum);

@@ -46,7 +46,7 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         if (BOUNDED && !gathered.fast) {
             __syncwarp();
             for (int i = lane; i < EXACT_WORDS; i += 32) store_shared(stage.exact_at(i), 0);
-            gathered.any_exact = false;
+            gathered.wide = gathered.any_exact = false;
             choice = choose_slowly<CPL>(rows, tokens, quantisers, radius);
         }
         __syncwarp();

@@ -52,9 +52,10 @@ struct Specials {
     }
 };
 
-// What became of a tile: whether each code fits a byte, and any value is stored in its own bits.
+// What became of a tile: whether its codes are in the bytes (`wide`: only those that fit; of the others, what is left of them), and any value
+// is stored in its own bits.
 struct Gathered {
-    bool fast, any_exact;
+    bool fast, wide, any_exact;
 };
 
 // How many times four rows are on their way. More than once hides more of their latency, and takes registers that cost more.
@@ -213,6 +214,45 @@ __device__ __forceinline__ u32 surely_within(float bound) {
     return floor == 0 || (exact ? bound_within : !power) ? floor : floor - 1;
 }
 
+// Of CENTRED tiles, codes that lie further than a byte reaches, but within WIDE: the values are read and rounded again, for what is made of all
+// of them here, and for the columns of those that do not fit (stage_wide).
+constexpr int WIDE = 1024, WIDE_BELOW = (WIDE - 256) / 2;
+// Code - first code + 128 + WIDE_BELOW, below WIDE if it is within.
+template <int CPL>
+__device__ __forceinline__ void wide_codes(const u32 (&row)[Rows<CPL>::PACKED], const Quantisers<CPL> &quantisers, const u32 (&offset)[CPL], u32 (&code)[CPL]) {
+#pragma unroll
+    for (int k = 0; k < CPL; ++k)
+        code[k] = __float_as_uint(__fmul_rn(Rows<CPL>::number(row, k), quantisers.each[k].inverse) + ROUNDER) - offset[k] + WIDE_BELOW;
+}
+template <int CPL>
+struct WideSums {
+    u32 sum[CPL], squares[CPL];
+    bool good;
+};
+template <int CPL>
+__device__ __noinline__ WideSums<CPL> wide_sums(int index, const Quantisers<CPL> quantisers, const Stage stage, int lane) {
+    const Source &s = the_source;
+    const Tile tile(s, index);
+    const Rows<CPL> rows(s, tile, lane);
+    WideSums<CPL> sums = {};
+    sums.good = true;
+    u32 offset[CPL];
+    load_shared_words<CPL>(stage.small_at(ORIGINS_AT + lane * CPL), offset);
+#pragma unroll 1
+    for (int t = 0; t < tile.tokens; ++t) {
+        u32 row[Rows<CPL>::PACKED], code[CPL];
+        rows.load_row(t, row);
+        wide_codes<CPL>(row, quantisers, offset, code);
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            sums.good &= code[k] < WIDE;
+            sums.sum[k] += code[k];
+            sums.squares[k] += code[k] * code[k];  // wraps, and so does what is taken off it: their difference fits
+        }
+    }
+    return sums;
+}
+
 template <int CPL>
 __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const Rows<CPL> &rows, u32 (&ahead)[AHEAD][4][Rows<CPL>::PACKED], const u8 *p,
                                        const Quantisers<CPL> &quantisers, const int *radius, const Stage &stage, int lane, Gathered &gathered, Choice<CPL> &choice) {
@@ -220,7 +260,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     const int tokens = tile.tokens;
     const Quantiser(&quantiser)[CPL] = quantisers.each;
     gathered.fast = true;
-    gathered.any_exact = false;
+    gathered.wide = gathered.any_exact = false;
     // In shared memory: what is taken off a rounded float's bits to get its byte. In registers, the compiler makes it anew in every round.
     const u32 offsets = stage.small_at(ORIGINS_AT + lane * CPL);
     u32 sum[CPL], squares[CPL];
@@ -338,7 +378,9 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     }
     __syncwarp();
     if constexpr (BOUNDED) {
-        gathered.fast &= beyond < 256 && !specials.any();
+        if (CENTRED) gathered.wide = __any_sync(FULL, beyond >= 256);
+        else gathered.fast &= beyond < 256;
+        gathered.fast &= !specials.any() && !(gathered.wide && load_shared(stage.small_at(REPAIRS)));
         gathered.fast = __all_sync(FULL, gathered.fast);
         if (gathered.fast && load_shared(stage.small_at(REPAIRS))) {
             bool any = false;
@@ -349,10 +391,18 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
             gathered.any_exact = __any_sync(FULL, any);
         }
     }
-    if constexpr (BOUNDED && ANS && !DELTA) {
+    if constexpr (CENTRED) {
         choice.apart = 0;
+        int origin = 0;
+        if (gathered.wide && gathered.fast) {
+            const WideSums<CPL> sums = wide_sums<CPL>(tile.index, quantisers, stage, lane);
+            gathered.fast = __all_sync(FULL, sums.good);
+            origin = -WIDE_BELOW;
 #pragma unroll
-        for (int k = 0; k < CPL; ++k) choice.centre_of_bytes(0, k, (u32)tokens, stage.origin(lane * CPL + k), sum[k], squares[k]);
+            for (int k = 0; k < CPL; ++k) sum[k] = sums.sum[k], squares[k] = sums.squares[k];
+        }
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) choice.centre_of_bytes(0, k, (u32)tokens, origin + stage.origin(lane * CPL + k), sum[k], squares[k]);
     } else {
         summarise<CPL>(tokens, radius, stage, lane, choice);
     }
