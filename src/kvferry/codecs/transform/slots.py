@@ -35,7 +35,7 @@ MARK = 30000.0
 MARKED_ABOVE = 15000.0
 EXACT_BOUND = 2.0**-120
 """A bound at which everything is stored as it is, even when doubled as often as may be."""
-MOST_SCRATCH_BYTES = 256 << 20
+MOST_SCRATCH_BYTES = 512 << 20
 """Of coefficients at a time: more chunks are coded one part after another."""
 
 
