@@ -253,6 +253,14 @@ __device__ __noinline__ WideSums<CPL> wide_sums(int index, const Quantisers<CPL>
     return sums;
 }
 
+// Transform coefficients are float16 without denormals and negative zeros. Where their step is a power of two and their bound no less than half of
+// it, rounding is all there is to quantising them: it is exact but for that, so no value misses the bound, and what is delivered needs no rounding.
+// (NaN and infinities are beyond a byte's reach.)
+constexpr bool WHOLE_STEPS = AROUND_ZERO && KVF_EXPONENT == 5 && !CHANNEL_STEPS;
+__device__ __forceinline__ bool in_whole_steps(const Quantiser &q) {
+    return (__float_as_uint(q.step) & 0x7fffff) == 0 && q.step >= 0x1p-10f && q.step <= 32.0f && q.bound >= 0.5f * q.step;
+}
+
 template <int CPL>
 __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const Rows<CPL> &rows, u32 (&ahead)[AHEAD][4][Rows<CPL>::PACKED], const u8 *p,
                                        const Quantisers<CPL> &quantisers, const int *radius, const Stage &stage, int lane, Gathered &gathered, Choice<CPL> &choice) {
@@ -284,12 +292,26 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
         within_pair[j] = surely_within(quantiser[2 * j].bound) | surely_within(quantiser[min(2 * j + 1, CPL - 1)].bound) << 16;
     Specials specials;
     u32 beyond = 0;  // above 255 where some code does not fit its byte
+    const bool whole = WHOLE_STEPS && in_whole_steps(quantiser[0]);
+    u32 largest_value = 0;
     // Four rows at a time, the next ones on their way. Behind the last token its row is taken again, which does no harm but in sums.
 #pragma unroll 1
     for (int t0 = 0; t0 < tokens; t0 += 4) {
         u32 row[4][PACKED], packed[CPL];
         rows.advance(row, ahead, p, t0 + 4 * AHEAD, tokens);
-        if constexpr (BOUNDED) {
+        if (WHOLE_STEPS && whole) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int j = 0; j < PACKED; ++j) largest_value = max_halves(largest_value, row[i][j] & 0x7fff7fffu);
+#pragma unroll
+            for (int k = 0; k < CPL; ++k) {
+                u32 code[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) code[i] = __float_as_uint(__fmaf_rn(Rows<CPL>::number(row[i], k), quantiser[0].inverse, ROUNDER));
+                packed[k] = __byte_perm(__byte_perm(code[0], code[1], 0x0040), __byte_perm(code[2], code[3], 0x0040), 0x5410) ^ 0x80808080u;
+            }
+        } else if constexpr (BOUNDED) {
             u32 byte[4][CPL], offset[CPL], difference[4][PAIRS + 1];
             bool missed[4] = {}, any_missed = false;  // of token t0+i: a value may miss the bound. (NaN are found in another way.)
             if (AROUND_ZERO) {
@@ -378,6 +400,7 @@ __device__ __forceinline__ void gather(const Source &s, const Tile &tile, const 
     }
     __syncwarp();
     if constexpr (BOUNDED) {
+        if (WHOLE_STEPS && whole && !(from_half(max(largest_value & 0xffff, largest_value >> 16)) * quantiser[0].inverse < 127.5f)) beyond = 256;
         if (CENTRED) gathered.wide = __any_sync(FULL, beyond >= 256);
         else gathered.fast &= beyond < 256;
         gathered.fast &= !specials.any() && !(gathered.wide && load_shared(stage.small_at(REPAIRS)));
