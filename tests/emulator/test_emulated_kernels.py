@@ -188,6 +188,12 @@ def test_transform_of_rows_that_begin_anywhere() -> None:
     check_transform(2, 64, 2, "halves", {}, gap=3)
 
 
+@pytest.mark.parametrize("bound", [0.25, 0.12])
+def test_transform_of_tokens_that_are_alike(bound: float) -> None:
+    """Coefficients far from zero that do not vary: beyond what bytes reach, and without low bits."""
+    check_transform(2, 32, 2, "halves", {"error_bound": bound}, gap=0, alike=True)
+
+
 @pytest.mark.parametrize(("heads", "dim", "kibibytes"), [(2, 128, 227), (4, 64, 99), (2, 64, 48)])
 def test_transform_of_all_heads(monkeypatch: pytest.MonkeyPatch, heads: int, dim: int, kibibytes: int) -> None:
     """Vectors of 128 channels and more; of less shared memory, that has no room for two items."""
@@ -195,12 +201,16 @@ def test_transform_of_all_heads(monkeypatch: pytest.MonkeyPatch, heads: int, dim
     check_transform(heads, dim, heads, "halves", {"error_bound": 0.7}, gap=0)
 
 
-def check_transform(heads: int, dim: int, group: int, rope: str, how: dict[str, Any], gap: int) -> None:
-    """`gap`: values between rows."""
+def check_transform(
+    heads: int, dim: int, group: int, rope: str, how: dict[str, Any], gap: int, *, alike: bool = False
+) -> None:
+    """`gap`: values between rows; `alike`: all tokens' values are the same."""
     of = make_profile(heads, dim, group, rope)
     dtype = FP16 if dim == 64 else BF16
     generator = torch.Generator().manual_seed(1)
     values = [torch.randn(10, heads, 16, 2 * dim, generator=generator) * torch.logspace(-1, 0.5, 2 * dim) for _ in "01"]
+    if alike:
+        values = [tensor[:1, :, :1].expand_as(tensor).clone() for tensor in values]
     values[1][4, 1, 3, 5] = values[0][6, 0, 2, 1] = float("nan")  # the latter in a block with a missing page
 
     def placed(tensor: Tensor) -> Tensor:

@@ -107,29 +107,6 @@ __device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<C
     return writer.sum;
 }
 
-// Of codes that bytes do not reach, once low bits have been split off (such channels have some, and bytes have them right).
-template <int CPL>
-__device__ __noinline__ void stage_wide(int tile_index, const Quantisers<CPL> quantisers, const Columns<CPL> columns, const Stage stage, int lane) {
-    const Source &s = the_source;
-    const Tile tile(s, tile_index);
-    const Rows<CPL> rows(s, tile, lane);
-    u32 offset[CPL];
-    load_shared_words<CPL>(stage.small_at(ORIGINS_AT + lane * CPL), offset);
-#pragma unroll 1
-    for (int t = 0; t < tile.tokens; ++t) {
-        u32 row[Rows<CPL>::PACKED], code[CPL];
-        rows.load_row(t, row);
-        wide_codes<CPL>(row, quantisers, offset, code);
-#pragma unroll
-        for (int k = 0; k < CPL; ++k) {
-            const int byte = (int)code[k] - WIDE_BELOW;
-            if ((u32)byte < 256) continue;
-            store_shared_u8(stage.codes + ((t / 4 * 32 + lane) * CPL + k) * 4 + t % 4, (u32)clamp_to((byte + columns.offset[k]) >> columns.shift[k], ALPHABET - 1));
-        }
-    }
-    __syncwarp();
-}
-
 // The same of tiles without differences, two values to an instruction: of at most PAIR_BITS low bits, so that four values' fit a word.
 constexpr int PAIR_BITS = 8;
 template <int CPL>
@@ -216,6 +193,29 @@ __device__ __noinline__ u64 split_few_columns(int tokens, const Columns<CPL> col
     return writer.sum;
 }
 
+// The columns of codes that bytes do not reach, once all bytes are columns. (Bytes have the low bits of such codes right.)
+template <int CPL>
+__device__ __noinline__ void stage_wide(int tile_index, const Quantisers<CPL> quantisers, const Columns<CPL> columns, const Stage stage, int lane) {
+    const Source &s = the_source;
+    const Tile tile(s, tile_index);
+    const Rows<CPL> rows(s, tile, lane);
+    u32 offset[CPL];
+    load_shared_words<CPL>(stage.small_at(ORIGINS_AT + lane * CPL), offset);
+#pragma unroll 1
+    for (int t = 0; t < tile.tokens; ++t) {
+        u32 row[Rows<CPL>::PACKED], code[CPL];
+        rows.load_row(t, row);
+        wide_codes<CPL>(row, quantisers, offset, code);
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            const int byte = (int)code[k] - WIDE_BELOW;
+            if ((u32)byte < 256) continue;
+            store_shared_u8(stage.codes + ((t / 4 * 32 + lane) * CPL + k) * 4 + t % 4, (u32)clamp_to((byte + columns.offset[k]) >> columns.shift[k], ALPHABET - 1));
+        }
+    }
+    __syncwarp();
+}
+
 template <int CPL>
 __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int tokens, int channels, const Quantisers<CPL> &quantisers,
                                             const Choice<CPL> &choice, const Gathered &gathered, const Stage &stage, u32 tables, u8 *low_out,
@@ -245,7 +245,7 @@ __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int token
     }
     Coded coded = {STATE_LOW, 0, gathered.any_exact};
     u32 before = FULL;  // differences: mask of the byte that is taken off
-    const bool low = BOUNDED && __any_sync(FULL, most_shift);
+    const bool low = BOUNDED && (__any_sync(FULL, most_shift) || (CENTRED && gathered.wide));  // whether bytes are made columns first
     // Two columns at once where nothing is to be shifted off: bytes and their offsets, which lie within some hundreds of 0, fit halves.
     constexpr bool PAIRED = !DELTA && LOW_BITS == 0;
     u64 low_sum = 0;
@@ -255,7 +255,7 @@ __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int token
             int split = 0;
 #pragma unroll
             for (int k = 0; k < CPL; ++k) split += __popc(__ballot_sync(FULL, columns.shift[k] != 0));
-            few = split <= FEW && __all_sync(FULL, most_shift <= FEW_BITS);
+            few = split <= FEW && __all_sync(FULL, most_shift <= FEW_BITS) && !gathered.wide;
             pairs = __all_sync(FULL, most_shift <= PAIR_BITS);
         }
         low_sum = few     ? split_few_columns<CPL>(tokens, columns, stage, low_out, low_index, lane)

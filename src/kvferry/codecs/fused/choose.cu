@@ -91,8 +91,8 @@ struct Choice {
         const float total = __int2float_rn((int)sum + origin * (int)length);
         centred(k, spread == 0, variance, whole ? __fmul_rn(total, 1.0f / TILE_TOKENS) : __fdiv_rn(total, (float)length));
     }
-    // In tiles of SPARING_TOKENS and more: no bases of 4 bits where they take more than they spare, at a third of a bit a token for a class; and no classes so small that all take 8 bits
-    // instead of 4, if raising them is cheaper. (At small classes, a class is half of that at most.)
+    // In tiles of SPARING_TOKENS and more: no bases of 4 bits where they take more than they spare, at a third of a bit a token for a class; and no
+    // classes so small that all take 8 bits instead of 4, if raising them is cheaper. (At small classes, a class is half of that at most.)
     __device__ __forceinline__ Ranges spare(int tokens, int channels, int count) {
         Ranges found = ranges(count, 1);
         if (tokens < SPARING_TOKENS) return found;

@@ -1,11 +1,12 @@
 // Tensor to bytes: a tile's values as one byte each in shared memory, with bases and classes on the way. Behind choose.cu.
 //
-// A channel's codes nearly always lie within 127 of its first one (transform coefficients: of 0), so a byte holds the distance. Where they do not, or where
-// a value is special (NaN, infinity, denormal, negative zero), the tile takes the slow way: its values go through the whole quantiser
-// each time they are needed. Four tokens of a channel share a word: word (t/4 * 32 + lane) * CPL + k.
+// A channel's codes nearly always lie within 127 of its first one (transform coefficients: of 0), so a byte holds the distance. Where they do not
+// (but see WIDE), or where a value is special (NaN, infinity, denormal, negative zero), the tile takes the slow way: its values go through the whole
+// quantiser each time they are needed. Four tokens of a channel share a word: word (t/4 * 32 + lane) * CPL + k.
 
-// Bytes of the lossless split, and its other direction: value + ORIGIN.
+// Whether bytes are counted from 0.
 constexpr bool AROUND_ZERO = BOUNDED && SLOTS && !PAGED;
+// Bytes of the lossless split, and its other direction: value + ORIGIN.
 constexpr int ORIGIN = LOSSLESS ? (int)(EXPONENT_MASK << LOW_BITS) : 0;
 
 // Shared memory of a warp.
