@@ -196,23 +196,11 @@ __device__ __noinline__ u64 split_few_columns(int tokens, const Columns<CPL> col
 // The columns of codes that bytes do not reach, once all bytes are columns. (Bytes have the low bits of such codes right.)
 template <int CPL>
 __device__ __noinline__ void stage_wide(int tile_index, const Quantisers<CPL> quantisers, const Columns<CPL> columns, const Stage stage, int lane) {
-    const Source &s = the_source;
-    const Tile tile(s, tile_index);
-    const Rows<CPL> rows(s, tile, lane);
-    u32 offset[CPL];
-    load_shared_words<CPL>(stage.small_at(ORIGINS_AT + lane * CPL), offset);
-#pragma unroll 1
-    for (int t = 0; t < tile.tokens; ++t) {
-        u32 row[Rows<CPL>::PACKED], code[CPL];
-        rows.load_row(t, row);
-        wide_codes<CPL>(row, quantisers, offset, code);
-#pragma unroll
-        for (int k = 0; k < CPL; ++k) {
-            const int byte = (int)code[k] - WIDE_BELOW;
-            if ((u32)byte < 256) continue;
-            store_shared_u8(stage.codes + ((t / 4 * 32 + lane) * CPL + k) * 4 + t % 4, (u32)clamp_to((byte + columns.offset[k]) >> columns.shift[k], ALPHABET - 1));
-        }
-    }
+    each_wide_code<CPL>(tile_index, quantisers, stage, lane, [&](int t, int k, u32 code) {
+        const int byte = (int)code - WIDE_BELOW;
+        if ((u32)byte < 256) return;
+        store_shared_u8(stage.codes + ((t / 4 * 32 + lane) * CPL + k) * 4 + t % 4, (u32)clamp_to((byte + columns.offset[k]) >> columns.shift[k], ALPHABET - 1));
+    });
     __syncwarp();
 }
 

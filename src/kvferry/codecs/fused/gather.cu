@@ -218,12 +218,22 @@ __device__ __forceinline__ u32 surely_within(float bound) {
 // Of CENTRED tiles, codes that lie further than a byte reaches, but within WIDE: the values are read and rounded again, for what is made of all
 // of them here, and for the columns of those that do not fit (stage_wide).
 constexpr int WIDE = 1024, WIDE_BELOW = (WIDE - 256) / 2;
-// Code - first code + 128 + WIDE_BELOW, below WIDE if it is within.
-template <int CPL>
-__device__ __forceinline__ void wide_codes(const u32 (&row)[Rows<CPL>::PACKED], const Quantisers<CPL> &quantisers, const u32 (&offset)[CPL], u32 (&code)[CPL]) {
+// visit(t, k, code - first code + 128 + WIDE_BELOW), which is below WIDE if the code is within.
+template <int CPL, typename Visit>
+__device__ __forceinline__ void each_wide_code(int index, const Quantisers<CPL> &quantisers, const Stage &stage, int lane, Visit visit) {
+    const Source &s = the_source;
+    const Tile tile(s, index);
+    const Rows<CPL> rows(s, tile, lane);
+    u32 offset[CPL];
+    load_shared_words<CPL>(stage.small_at(ORIGINS_AT + lane * CPL), offset);
+#pragma unroll 1
+    for (int t = 0; t < tile.tokens; ++t) {
+        u32 row[Rows<CPL>::PACKED];
+        rows.load_row(t, row);
 #pragma unroll
-    for (int k = 0; k < CPL; ++k)
-        code[k] = __float_as_uint(__fmul_rn(Rows<CPL>::number(row, k), quantisers.each[k].inverse) + ROUNDER) - offset[k] + WIDE_BELOW;
+        for (int k = 0; k < CPL; ++k)
+            visit(t, k, __float_as_uint(__fmul_rn(Rows<CPL>::number(row, k), quantisers.each[k].inverse) + ROUNDER) - offset[k] + WIDE_BELOW);
+    }
 }
 template <int CPL>
 struct WideSums {
@@ -232,25 +242,13 @@ struct WideSums {
 };
 template <int CPL>
 __device__ __noinline__ WideSums<CPL> wide_sums(int index, const Quantisers<CPL> quantisers, const Stage stage, int lane) {
-    const Source &s = the_source;
-    const Tile tile(s, index);
-    const Rows<CPL> rows(s, tile, lane);
     WideSums<CPL> sums = {};
     sums.good = true;
-    u32 offset[CPL];
-    load_shared_words<CPL>(stage.small_at(ORIGINS_AT + lane * CPL), offset);
-#pragma unroll 1
-    for (int t = 0; t < tile.tokens; ++t) {
-        u32 row[Rows<CPL>::PACKED], code[CPL];
-        rows.load_row(t, row);
-        wide_codes<CPL>(row, quantisers, offset, code);
-#pragma unroll
-        for (int k = 0; k < CPL; ++k) {
-            sums.good &= code[k] < WIDE;
-            sums.sum[k] += code[k];
-            sums.squares[k] += code[k] * code[k];  // wraps, and so does what is taken off it: their difference fits
-        }
-    }
+    each_wide_code<CPL>(index, quantisers, stage, lane, [&](int, int k, u32 code) {
+        sums.good &= code < WIDE;
+        sums.sum[k] += code;
+        sums.squares[k] += code * code;  // wraps, and so does what is taken off it: their difference fits
+    });
     return sums;
 }
 
