@@ -277,6 +277,15 @@ def test_frames(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...]) -> Non
     assert torch.equal(bits_of(out), bits_of(kvferry.decompress(frame)))
 
 
+def test_rows_that_lie_far_apart() -> None:
+    """The last of 64 is more than 2**32 bytes from the first (of which only the pages that are touched exist)."""
+    values = torch.empty_strided((64, 20), (36_000_000, 1), dtype=BF16).copy_(noise((64, 20), BF16))
+    codec = Bounded(0.5, False)
+    sizes, payload, _ = frames.encode_bounded(*plan_tensor(values, False), codec)
+    expected = codec.encode(values.contiguous())
+    assert sizes.tolist() == expected.sizes.tolist() and torch.equal(payload, expected.payload)
+
+
 @pytest.mark.parametrize("packing", ["bitpack", "ans"])
 def test_blocks_of_any_length(packing: str) -> None:
     """Four tokens at a time are coded, and those behind the last must not count."""

@@ -239,7 +239,7 @@ struct Rows {
     }
     // The lane's part of row t0, a multiple of 4: the three rows behind it follow at token_bytes. Null: no page.
     __device__ __forceinline__ u8 *group(int t0) const {
-        if constexpr (!PAGED) return (u8 *)(place + (u32)made_now(t0 * token_bytes));
+        if constexpr (!PAGED) return (u8 *)(place + (i64)t0 * token_bytes);
         const int at = phase + t0, p = (at * page_reciprocal) >> 20;
         const u64 page = __shfl_sync(FULL, place, p);
         return page ? (u8 *)(page + (i64)(at - p * page_tokens) * token_bytes + offset) : nullptr;
