@@ -70,18 +70,18 @@ struct Choice {
     }
 
     // ---- the rules, from sums over a group's `length` tokens ----
-    __device__ __forceinline__ void centre(int b, int k, int length, int origin, i64 sum, i64 squares) {  // values: origin + what was summed
+    __device__ __forceinline__ void centre(int b, int k, int length, i64 sum, i64 squares) {
         const i64 numerator = 2 * sum + length;
-        base[b][k] = origin + (int)(numerator / (2 * length)) - (numerator % (2 * length) < 0);
+        base[b][k] = (int)(numerator / (2 * length)) - (numerator % (2 * length) < 0);
         const i64 spread = length * squares - sum * sum;
-        centred(k, spread == 0, __fdiv_rn(__ll2float_rn(spread), (float)(length * length)), __fdiv_rn(__ll2float_rn(sum + (i64)origin * length), (float)length));
+        centred(b, k, spread == 0, __fdiv_rn(__ll2float_rn(spread), (float)(length * length)), __fdiv_rn(__ll2float_rn(sum), (float)length));
     }
-    __device__ __forceinline__ void centred(int k, bool constant, float of_variance, float of_mean) {
-        klass[0][k] = constant ? 0 : variance_class(of_variance);
+    __device__ __forceinline__ void centred(int b, int k, bool constant, float of_variance, float of_mean) {
+        klass[b][k] = constant ? 0 : variance_class(of_variance);
         variance[k] = of_variance;
         mean[k] = of_mean;
     }
-    // The same of bytes, in 32 bits.
+    // The same of bytes, in 32 bits; values: origin + what was summed.
     __device__ __forceinline__ void centre_of_bytes(int b, int k, u32 length, int origin, u32 sum, u32 squares) {
         const u32 spread = length * squares - sum * sum;
         const bool whole = length == TILE_TOKENS;  // divisions by powers of two
@@ -89,7 +89,7 @@ struct Choice {
         const float variance = whole ? __fmul_rn(__uint2float_rn(spread), 1.0f / (TILE_TOKENS * TILE_TOKENS))
                                      : __fdiv_rn(__uint2float_rn(spread), (float)(length * length));
         const float total = __int2float_rn((int)sum + origin * (int)length);
-        centred(k, spread == 0, variance, whole ? __fmul_rn(total, 1.0f / TILE_TOKENS) : __fdiv_rn(total, (float)length));
+        centred(b, k, spread == 0, variance, whole ? __fmul_rn(total, 1.0f / TILE_TOKENS) : __fdiv_rn(total, (float)length));
     }
     // In tiles of SPARING_TOKENS and more: no bases of 4 bits where they take more than they spare, at a third of a bit a token for a class; and no
     // classes so small that all take 8 bits instead of 4, if raising them is cheaper. (At small classes, a class is half of that at most.)
@@ -198,7 +198,7 @@ __device__ __noinline__ Choice<CPL> choose_slowly(const Rows<CPL> rows, int toke
 #pragma unroll
         for (int k = 0; k < CPL; ++k) {
             if (DELTA) choice.differences(b, k, length, first[k], squares[k], reach[k], radius);
-            else if (ANS) choice.centre(b, k, length, 0, sum[k], squares[k]);
+            else if (ANS) choice.centre(b, k, length, sum[k], squares[k]);
             else choice.range(b, k, least[k], most[k]);
         }
     }

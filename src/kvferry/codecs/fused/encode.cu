@@ -51,7 +51,8 @@ __device__ __forceinline__ void encode_tile(const Source &s, const Sink &sink, c
         }
         __syncwarp();
         next_phase();
-        Layout<CPL> layout(choice, CENTRED ? choice.spare(tokens, channels, rows.count) : choice.ranges(rows.count, (tokens + GROUP - 1) / GROUP), tokens, channels, rows.count, lane);
+        const Ranges ranges = CENTRED ? choice.spare(tokens, channels, rows.count) : choice.ranges(rows.count, (tokens + GROUP - 1) / GROUP);
+        Layout<CPL> layout(choice, ranges, tokens, channels, rows.count, lane);
         __syncwarp();  // the list of repairs is done with
         int(&kept)[LAYOUT_WORDS] = the_layouts[threadIdx.x >> 5];
         if (ANS) layout.keep(kept, lane);

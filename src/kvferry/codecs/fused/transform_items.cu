@@ -144,7 +144,7 @@ __device__ __forceinline__ Asked ask(const Job &job, const Item &item, Token *to
             token.find(job, item, i);
             asked.first = job.pages[(i64)item.chunk * job.chunk_pages + token.page];
             asked.second = token.slot;
-            // All of an item have the same, but those of missing pages have not been decoded.
+            // All of an item have the same, but those of pages that are missing: looked at once a page.
             if (KVF_INVERSE && (i == 0 || token.slot == 0)) asked.word = *item.mark(i);
         }
     } else if (i - TOKENS < job.part_lines) {
