@@ -26,6 +26,45 @@ struct Columns {
     int offset[CPL], first_offset[CPL], shift[CPL];
 };
 
+// Low bits of a lane's channels on their way to `out`, four tokens' at a time, each channel's stream from word `index` on behind the last one's;
+// nowhere, if that is null.
+template <int CPL>
+struct LowStreams {
+    Writer writer;
+    int at[CPL], filled[CPL], width[CPL];
+    u32 pending[CPL];
+
+    __device__ __forceinline__ LowStreams(const Columns<CPL> &columns, int tokens, int count, u8 *out, int index) : writer{out, 0} {
+#pragma unroll
+        for (int k = 0; k < CPL; ++k) {
+            pending[k] = filled[k] = 0;
+            width[k] = out && k < count ? columns.shift[k] : 0;
+            at[k] = index;
+            index += stream_words(tokens, width[k]);
+        }
+    }
+    // Those of the next four tokens, of `tokens` that are left: what is there beyond these is dropped.
+    __device__ __forceinline__ void put(int k, u32 four, int tokens) {
+        const int bits = min(4, tokens) * width[k];
+        if (tokens < 4) four &= (1u << bits) - 1;
+        const u64 joined = (u64)four << filled[k];
+        pending[k] |= (u32)joined;
+        filled[k] += bits;
+        if (filled[k] >= 32) {
+            writer.word(at[k]++, pending[k]);
+            pending[k] = (u32)(joined >> 32);
+            filled[k] -= 32;
+        }
+    }
+    // Their share of the checksum.
+    __device__ __forceinline__ u64 end() {
+#pragma unroll
+        for (int k = 0; k < CPL; ++k)
+            if (filled[k]) writer.word(at[k], pending[k]);
+        return writer.sum;
+    }
+};
+
 // The slow way: the entries' numbers in place of the bytes.
 template <int CPL>
 __device__ __noinline__ bool stage_columns(int tile_index, const Quantisers<CPL> quantisers, const Columns<CPL> columns, const Stage stage, int lane) {
@@ -59,17 +98,8 @@ __device__ __noinline__ bool stage_columns(int tile_index, const Quantisers<CPL>
 // shifts. The low bits go to `out`, if that is not null, the lane's from word `index` on; returned is their share of the checksum.
 template <int CPL>
 __device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<CPL> columns, const Stage stage, u8 *out, int index, int lane) {
-    Writer writer = {out, 0};
-    int previous[CPL], at[CPL], filled[CPL], width[CPL];
-    u32 pending[CPL];
-#pragma unroll
-    for (int k = 0; k < CPL; ++k) {
-        previous[k] = filled[k] = 0;
-        pending[k] = 0;
-        width[k] = out && k < count ? columns.shift[k] : 0;
-        at[k] = index;
-        index += stream_words(tokens, width[k]);
-    }
+    LowStreams<CPL> low_streams(columns, tokens, count, out, index);
+    int previous[CPL] = {};
 #pragma unroll 1
     for (int t = 0; t < tokens; t += 4) {
         const u32 address = stage.codes + (t / 4 * 32 + lane) * CPL * 4;
@@ -84,43 +114,26 @@ __device__ __noinline__ u64 split_columns(int tokens, int count, const Columns<C
                 const int value = byte - previous[k] + (t || i ? columns.offset[k] : columns.first_offset[k]);
                 if (DELTA) previous[k] = byte;
                 column[i] = (u32)clamp_to(value >> columns.shift[k], ALPHABET - 1);
-                low |= ((u32)value & ((1u << width[k]) - 1)) << (i * width[k]);
+                low |= ((u32)value & ((1u << low_streams.width[k]) - 1)) << (i * low_streams.width[k]);
             }
             if (BOUNDED) packed[k] = __byte_perm(__byte_perm(column[0], column[1], 0x0040), __byte_perm(column[2], column[3], 0x0040), 0x5410);
-            const int bits = min(4, tokens - t) * width[k];
-            if (tokens - t < 4) low &= (1u << bits) - 1;
-            const u64 joined = (u64)low << filled[k];
-            pending[k] |= (u32)joined;
-            filled[k] += bits;
-            if (filled[k] >= 32) {
-                writer.word(at[k]++, pending[k]);
-                pending[k] = (u32)(joined >> 32);
-                filled[k] -= 32;
-            }
+            low_streams.put(k, low, tokens - t);
         }
         if (BOUNDED) store_shared_words<CPL>(address, packed);
     }
-#pragma unroll
-    for (int k = 0; k < CPL; ++k)
-        if (filled[k]) writer.word(at[k], pending[k]);
+    const u64 sum = low_streams.end();
     __syncwarp();
-    return writer.sum;
+    return sum;
 }
 
 // The same of tiles without differences, two values to an instruction: of at most PAIR_BITS low bits, so that four values' fit a word.
 constexpr int PAIR_BITS = 8;
 template <int CPL>
-__device__ __noinline__ u64 split_pairs(int tokens, const Columns<CPL> columns, const Stage stage, u8 *out, int index, int lane) {
-    Writer writer = {out, 0};
-    int at[CPL], filled[CPL];
-    u32 pending[CPL], offset[CPL];
+__device__ __noinline__ u64 split_pairs(int tokens, int count, const Columns<CPL> columns, const Stage stage, u8 *out, int index, int lane) {
+    LowStreams<CPL> low_streams(columns, tokens, count, out, index);
+    u32 offset[CPL];
 #pragma unroll
-    for (int k = 0; k < CPL; ++k) {
-        pending[k] = filled[k] = 0;
-        offset[k] = ((u32)columns.offset[k] & 0xffff) * 0x10001;
-        at[k] = index;
-        index += stream_words(tokens, columns.shift[k]);
-    }
+    for (int k = 0; k < CPL; ++k) offset[k] = ((u32)columns.offset[k] & 0xffff) * 0x10001;
 #pragma unroll 1
     for (int t = 0; t < tokens; t += 4) {
         const u32 address = stage.codes + (t / 4 * 32 + lane) * CPL * 4;
@@ -137,26 +150,13 @@ __device__ __noinline__ u64 split_pairs(int tokens, const Columns<CPL> columns, 
             packed[k] = __byte_perm(even_column, odd_column, 0x6240);
             const u32 least = offset[k] & mask;  // no sum of it and a byte leaves its half
             const u32 low = (even + least & mask) | (odd + least & mask) << width;
-            u32 four = (low & 0xffff) | low >> 16 << (2 * width);
-            const int bits = min(4, tokens - t) * width;
-            if (tokens - t < 4) four &= (1u << bits) - 1;
-            const u64 joined = (u64)four << filled[k];
-            pending[k] |= (u32)joined;
-            filled[k] += bits;
-            if (filled[k] >= 32) {
-                if (out) writer.word(at[k], pending[k]);
-                ++at[k];
-                pending[k] = (u32)(joined >> 32);
-                filled[k] -= 32;
-            }
+            low_streams.put(k, (low & 0xffff) | low >> 16 << (2 * width), tokens - t);
         }
         store_shared_words<CPL>(address, packed);
     }
-#pragma unroll
-    for (int k = 0; k < CPL; ++k)
-        if (filled[k] && out) writer.word(at[k], pending[k]);
+    const u64 sum = low_streams.end();
     __syncwarp();
-    return writer.sum;
+    return sum;
 }
 
 // The same where few channels have low bits (FEW at most, of at most 16 bits): these alone, one after another, each by the whole warp, a lane
@@ -247,7 +247,7 @@ __device__ __forceinline__ Coded encode_ans(int tile_index, int count, int token
             pairs = __all_sync(FULL, most_shift <= PAIR_BITS);
         }
         low_sum = few     ? split_few_columns<CPL>(tokens, columns, stage, low_out, low_index, lane)
-                  : pairs ? split_pairs<CPL>(tokens, columns, stage, low_out, low_index, lane)
+                  : pairs ? split_pairs<CPL>(tokens, count, columns, stage, low_out, low_index, lane)
                           : split_columns<CPL>(tokens, count, columns, stage, low_out, low_index, lane);
         if (CENTRED && gathered.wide) stage_wide<CPL>(tile_index, quantisers, columns, stage, lane);
     }
